@@ -1,0 +1,1 @@
+"""Built-in backends: the same record and the same hook as any plugin's."""

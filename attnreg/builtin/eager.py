@@ -1,0 +1,102 @@
+"""`eager`: attention in plain PyTorch. It supports the whole contract and holds the full matrix of weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from attnreg import Backend, Capabilities, hookimpl
+from attnreg.builtin.inputs import causality, check_inputs, check_mask, mask_of_flags
+from attnreg.errors import InvalidInputError
+from attnreg.masks import eager_mask
+
+SUPPORTS = Capabilities(
+    value_head_dim=True,
+    grouped_query=True,
+    sliding_window=True,
+    softcap=True,
+    sinks=True,
+    position_bias=True,
+    dropout=True,
+    weights=True,
+    priority=10,
+)
+
+
+def eager_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute attention with matrix products in query's dtype and a softmax in float32; see `AttentionFunction`.
+
+    A mask that is a tensor is complete; the flags count only without one. A query without any key gives 0.
+
+    Raises:
+        InvalidInputError: shapes, a window, a cap or sinks that do not fit.
+        InvalidMaskError: a mask or bias that is neither bool nor floating, or does not broadcast over the scores.
+    """
+    check_inputs(query, key, value)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap:
+        if softcap < 0:
+            raise InvalidInputError("softcap", str(softcap), "a positive number, or None for no cap")
+        scores = softcap * torch.tanh(scores / softcap)
+    if position_bias is not None:
+        check_mask(position_bias, query, key, "the position bias")
+        scores = scores + position_bias
+    if attention_mask is None:
+        causal = causality(module, is_causal)
+        lengths = query.shape[2], key.shape[2]
+        attention_mask = mask_of_flags(*lengths, is_causal=causal, sliding_window=sliding_window, device=query.device)
+    else:
+        check_mask(attention_mask, query, key)
+    weights = _softmax(scores, attention_mask, s_aux).to(query.dtype)
+    weights = functional.dropout(weights, p=dropout or 0.0)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Softmax in float32 over what the mask allows; a row that it forbids altogether is 0, and so is its gradient."""
+    empty = None
+    if mask is not None:
+        forbidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
+        if mask.dtype != torch.bool:
+            scores = scores + mask
+        scores = scores.masked_fill(forbidden, torch.finfo(scores.dtype).min)
+        empty = forbidden.all(dim=-1, keepdim=True)
+    if sinks is not None:
+        scores = torch.cat([scores, _as_column(sinks, scores)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return weights if empty is None else weights.masked_fill(empty, 0.0)
+
+
+def _as_column(sinks: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    batch, heads, q_length, _ = scores.shape
+    if sinks.numel() != heads:
+        raise InvalidInputError("s_aux", f"of shape {tuple(sinks.shape)}", f"one sink logit for each of {heads} heads")
+    return sinks.to(scores.dtype).reshape(1, heads, 1, 1).expand(batch, heads, q_length, 1)
+
+
+@hookimpl
+def attnreg_register(registry: Any) -> None:
+    """Register `eager`."""
+    registry.add(Backend(name="eager", attention=eager_attention, mask=eager_mask, supports=SUPPORTS))

@@ -1,0 +1,86 @@
+"""`sdpa`: `torch.nn.functional.scaled_dot_product_attention`, which picks among torch's own kernels.
+
+torch's `is_causal` aligns the first query with the first key; attnreg aligns the last with the last. They agree when
+there are as many queries as keys, and only then is the flag used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from attnreg import Backend, Capabilities, hookimpl
+from attnreg.builtin.inputs import causality, check_inputs, check_mask, mask_of_flags
+from attnreg.masks import sdpa_mask
+
+SUPPORTS = Capabilities(value_head_dim=True, grouped_query=True, position_bias=True, dropout=True, priority=50)
+
+
+def sdpa_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute attention with SDPA; see `AttentionFunction`. Heads of keys and values are shared without copying.
+
+    A mask that is a tensor is complete; `is_causal` counts only without one. A query without any key gives 0.
+
+    Raises:
+        InvalidInputError: shapes that do not fit.
+        InvalidMaskError: a mask or bias that is neither bool nor floating, or does not broadcast over the scores.
+
+    Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
+    """
+    check_inputs(query, key, value)
+    causal = False
+    if attention_mask is not None:
+        check_mask(attention_mask, query, key)
+        attention_mask = _in_torch_terms(attention_mask, query.dtype)
+    elif causality(module, is_causal):
+        causal = position_bias is None and query.shape[2] == key.shape[2] and query.shape[2] != 1
+        if not causal:
+            lengths = query.shape[2], key.shape[2]
+            attention_mask = mask_of_flags(*lengths, is_causal=True, sliding_window=None, device=query.device)
+    if position_bias is not None:
+        check_mask(position_bias, query, key, "the position bias")
+        attention_mask = _with_bias(attention_mask, position_bias.to(query.dtype))
+    output = functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=dropout or 0.0,
+        is_causal=causal,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _in_torch_terms(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Turn the smallest finite value, which other formatters fill with, into -inf: SDPA gives 0 for a row of those."""
+    if mask.dtype == torch.bool:
+        return mask
+    return mask.to(dtype).masked_fill(mask <= torch.finfo(mask.dtype).min, float("-inf"))
+
+
+def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor) -> torch.Tensor:
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias
+
+
+@hookimpl
+def attnreg_register(registry: Any) -> None:
+    """Register `sdpa`."""
+    registry.add(Backend(name="sdpa", attention=sdpa_attention, mask=sdpa_mask, supports=SUPPORTS))

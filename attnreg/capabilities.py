@@ -1,0 +1,241 @@
+"""What a backend can do, what a call needs, and the one function that compares them.
+
+`Capabilities` are data: they can be read without importing a kernel. `reasons` is the only place in attnreg that
+decides whether a backend can serve a request; selection, error texts, `attnreg explain` and `attnreg doctor` all
+show what it returns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from attnreg.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+STRUCTURES: Final = frozenset(
+    {
+        "causal",
+        "bidirectional",
+        "padding",
+        "sliding_window",
+        "chunked",
+        "documents",
+        "blocks",
+        "prefix",
+        "opaque",
+        "per_head",
+    }
+)
+"""The mask structures that a request can name and a backend can declare."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a backend cannot serve a request; a value, never only a log line.
+
+    Attributes:
+        code: what it is about, such as `"dtype"` or `"softcap"`; stable, for programs.
+        wanted: what the request asks for.
+        supported: what the backend offers.
+        fix: what the caller can do.
+    """
+
+    code: str
+    wanted: str
+    supported: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.code}: wants {self.wanted}; supported: {self.supported}. {self.fix}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a backend declares. A feature that is not declared is refused, never quietly ignored.
+
+    Attributes:
+        devices: torch device types, such as `{"cuda"}`; None means any.
+        dtypes: names of torch dtypes, such as `{"float16", "bfloat16"}`; None means any floating type.
+        max_head_dim: largest head dimension; None means any.
+        head_dim_multiple: the head dimension must be a multiple of this.
+        value_head_dim: value's head dimension may differ from query's and key's.
+        grouped_query: fewer key/value heads than query heads.
+        structures: mask structures (see `STRUCTURES`) that attention and formatter can express together; None means
+            all, which holds for every formatter that hands over a dense mask.
+        sliding_window: the function honours the keyword `sliding_window` when it is handed no mask.
+        softcap: … `softcap`, scores capped at `softcap * tanh(score / softcap)` before the mask.
+        sinks: … `s_aux`, per-head sink logits in the softmax's denominator.
+        position_bias: … `position_bias`, added to the scaled scores.
+        dropout: … `dropout`, a probability.
+        packing: … `cu_seq_lens_q` and `cu_seq_lens_k` when it is handed no mask.
+        paged: … a paged key/value cache.
+        lse: can return the log-sum-exp of the scores.
+        weights: can return the attention weights.
+        backward: gradients flow. True unless said otherwise, as in every function written in PyTorch.
+        lossy: quantised, so its error is above that of the dtype; `auto` leaves it out unless allowed.
+        priority: `auto` prefers the larger; `eager` has 10 and `sdpa` 50.
+    """
+
+    devices: frozenset[str] | None = None
+    dtypes: frozenset[str] | None = None
+    max_head_dim: int | None = None
+    head_dim_multiple: int = 1
+    value_head_dim: bool = False
+    grouped_query: bool = False
+    structures: frozenset[str] | None = None
+    sliding_window: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    position_bias: bool = False
+    dropout: bool = False
+    packing: bool = False
+    paged: bool = False
+    lse: bool = False
+    weights: bool = False
+    backward: bool = True
+    lossy: bool = False
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        """Accept any iterable of names for the sets, and refuse structures that do not exist."""
+        for field in ("devices", "dtypes", "structures"):
+            object.__setattr__(self, field, _names(field, getattr(self, field)))
+        _check_structures(self.structures or ())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a call needs; what is None or False is not asked for.
+
+    `sliding_window` and `packing` are the keywords of a call without a mask; a window that is part of the mask is
+    the structure `"sliding_window"`. Tensors fill it in with `Request.of`.
+    """
+
+    device: str | None = None
+    dtype: str | None = None
+    head_dim: int | None = None
+    value_head_dim: int | None = None
+    query_heads: int | None = None
+    kv_heads: int | None = None
+    structures: frozenset[str] = frozenset()
+    sliding_window: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    position_bias: bool = False
+    dropout: bool = False
+    packing: bool = False
+    paged: bool = False
+    lse: bool = False
+    weights: bool = False
+    backward: bool = False
+    allow_lossy: bool = False
+
+    def __post_init__(self) -> None:
+        """Accept torch's own devices and dtypes beside their names."""
+        if self.device is not None:
+            object.__setattr__(self, "device", str(self.device).partition(":")[0])
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        object.__setattr__(self, "structures", _names("structures", self.structures) or frozenset())
+        _check_structures(self.structures)
+
+    @classmethod
+    def of(cls, query: Any, key: Any, value: Any, **needs: Any) -> Request:
+        """Read device, dtype, heads and head dimensions off tensors of shape (batch, heads, length, head_dim)."""
+        request = cls(
+            device=query.device.type,
+            dtype=str(query.dtype),
+            head_dim=query.shape[-1],
+            value_head_dim=value.shape[-1],
+            query_heads=query.shape[1],
+            kv_heads=key.shape[1],
+        )
+        return replace(request, **needs)
+
+
+FEATURES: Final[dict[str, tuple[str, str]]] = {
+    "sliding_window": (
+        "the keyword sliding_window without a mask",
+        "Build the mask with the backend's own formatter, which puts the window into it.",
+    ),
+    "softcap": ("softcap", "Choose a backend with softcap, such as eager."),
+    "sinks": ("sink logits (s_aux)", "Choose a backend with sinks, such as eager."),
+    "position_bias": ("a position bias", "Choose a backend with position_bias, such as eager."),
+    "dropout": ("dropout", "Set the dropout to 0, or choose a backend with dropout, such as eager."),
+    "packing": ("cu_seq_lens without a mask", "Build the mask from position_ids with the backend's own formatter."),
+    "paged": ("a paged key/value cache", "Choose a paged backend."),
+    "lse": ("the log-sum-exp", "Choose a backend that returns it."),
+    "weights": ("the attention weights", "Choose a backend that returns them, such as eager."),
+    "backward": ("gradients", "Run it under torch.no_grad(), or choose a backend with a backward pass."),
+}
+"""Features that are either there or not: how a reason names each, and what to do without it."""
+
+
+def reasons(supports: Capabilities, request: Request) -> list[Reason]:
+    """Everything that keeps a backend with these capabilities from serving *request*; empty if nothing does."""
+    return [*_hardware(supports, request), *_heads(supports, request), *_features(supports, request)]
+
+
+def _hardware(supports: Capabilities, request: Request) -> Iterator[Reason]:
+    if supports.devices is not None and request.device is not None and request.device not in supports.devices:
+        yield Reason("device", request.device, _listed(supports.devices), "Move the tensors, or choose another backend.")
+    if supports.dtypes is not None and request.dtype is not None and request.dtype not in supports.dtypes:
+        yield Reason("dtype", request.dtype, _listed(supports.dtypes), "Cast the inputs, or choose another backend.")
+
+
+def _heads(supports: Capabilities, request: Request) -> Iterator[Reason]:
+    head_dim, multiple = request.head_dim, supports.head_dim_multiple
+    if head_dim is not None and supports.max_head_dim is not None and head_dim > supports.max_head_dim:
+        yield Reason("head_dim", str(head_dim), f"up to {supports.max_head_dim}", "Choose another backend.")
+    if head_dim is not None and head_dim % multiple:
+        yield Reason("head_dim", str(head_dim), f"multiples of {multiple}", "Choose another backend.")
+    if not supports.value_head_dim and None not in (head_dim, request.value_head_dim):
+        if head_dim != request.value_head_dim:
+            yield Reason(
+                "value_head_dim",
+                f"{request.value_head_dim} for value beside {head_dim} for query",
+                "equal head dimensions",
+                "Choose a backend with value_head_dim, such as sdpa.",
+            )
+    if not supports.grouped_query and None not in (request.query_heads, request.kv_heads):
+        if request.query_heads != request.kv_heads:
+            yield Reason(
+                "grouped_query",
+                f"{request.query_heads} query heads on {request.kv_heads} key/value heads",
+                "equal numbers of heads",
+                "Choose a backend with grouped_query, such as sdpa.",
+            )
+
+
+def _features(supports: Capabilities, request: Request) -> Iterator[Reason]:
+    if supports.structures is not None and (missing := request.structures - supports.structures):
+        yield Reason("mask", _listed(missing), _listed(supports.structures), "Choose another backend.")
+    for feature, (wanted, fix) in FEATURES.items():
+        if getattr(request, feature) and not getattr(supports, feature):
+            yield Reason(feature, wanted, "not declared", f"{fix} If it can: declare Capabilities({feature}=True).")
+
+
+def reluctance(supports: Capabilities, request: Request) -> list[Reason]:
+    """Why `auto` would rather not: a lossy backend runs when it is named, and is never chosen unless allowed."""
+    if not supports.lossy or request.allow_lossy:
+        return []
+    fix = "Name it, or pass Request(allow_lossy=True)."
+    return [Reason("lossy", "the accuracy of the dtype", "a quantised kernel", fix)]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def _names(field: str, value: Iterable[str] | None) -> frozenset[str] | None:
+    if isinstance(value, str):
+        raise InvalidInputError(field, f"the string {value!r}", f"a set of names, such as {{{value!r}}}")
+    return None if value is None else frozenset(str(item).removeprefix("torch.") for item in value)
+
+
+def _check_structures(structures: Iterable[str]) -> None:
+    if unknown := frozenset(structures) - STRUCTURES:
+        raise InvalidInputError("structures", _listed(unknown), f"some of {_listed(STRUCTURES)}")

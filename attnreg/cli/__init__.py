@@ -1,0 +1,112 @@
+"""The command `attnreg`: what is here, does it work, why is it refused, and a demonstration.
+
+Exit codes: 0 all is well; 1 the answer is no (a backend is broken, nothing can serve the request); 2 the question was
+wrong (an unknown name, a bad option, a missing package).
+
+Nothing here imports torch before a command needs it, so that `doctor` can also say why torch cannot be imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from attnreg.errors import AttnregError
+
+NO, WRONG = 1, 2
+
+app = typer.Typer(
+    name="attnreg",
+    help="The attention-backend registry for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
+
+
+@app.command("list")
+def list_backends(*, as_json: Json = False) -> None:
+    """List every backend, who provides it, and why it cannot be used, if it cannot. Imports no plugin."""
+    from attnreg.cli import listing
+
+    listing.run(as_json=as_json)
+
+
+@app.command()
+def doctor(
+    *,
+    timeout: Annotated[float, typer.Option(help="Seconds that one backend's probe may take.", min=0.1)] = 60.0,
+    as_json: Json = False,
+) -> None:
+    """Probe every backend in a process of its own, so that one that crashes, quits or hangs is a row."""
+    from attnreg.cli import diagnosis
+
+    raise typer.Exit(NO if diagnosis.run(timeout=timeout, as_json=as_json) else 0)
+
+
+@app.command()
+def explain(
+    name: Annotated[str, typer.Argument(help="A backend's name, or 'auto'.")] = "auto",
+    *,
+    device: Annotated[str | None, typer.Option(help="Device type, such as cpu or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Such as float32 or bfloat16.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Head dimension of query and key.", min=1)] = None,
+    value_head_dim: Annotated[int | None, typer.Option(help="Head dimension of value.", min=1)] = None,
+    heads: Annotated[str | None, typer.Option(help="Query heads, or query/key-value heads such as 32/8.")] = None,
+    mask: Annotated[list[str] | None, typer.Option(help="A mask structure, such as causal; repeatable.")] = None,
+    need: Annotated[list[str] | None, typer.Option(help="A feature, such as softcap; repeatable.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say which backends can serve a request, why the others cannot, and which one would be chosen."""
+    from attnreg.cli import explanation
+
+    request = explanation.request_of(
+        device=device, dtype=dtype, head_dim=head_dim, value_head_dim=value_head_dim, heads=heads, mask=mask, need=need
+    )
+    raise typer.Exit(0 if explanation.run(name, request, as_json=as_json) else NO)
+
+
+@app.command()
+def demo(
+    *,
+    model: Annotated[str | None, typer.Option(help="A transformers model: a folder, or an id on the Hub.")] = None,
+    device: Annotated[str, typer.Option(help="Where to run it, such as cpu or cuda.")] = "cpu",
+    repeats: Annotated[int, typer.Option(help="Timed runs for each backend; the median counts.", min=1)] = 10,
+    as_json: Json = False,
+) -> None:
+    """Embed real sentences with a real model through every backend, and compare them with the float64 oracle."""
+    from attnreg.cli import demonstration
+
+    raise typer.Exit(0 if demonstration.run(model=model, device=device, repeats=repeats, as_json=as_json) else NO)
+
+
+def _version(*, wanted: bool) -> None:
+    if wanted:
+        from attnreg import __version__
+
+        typer.echo(f"attnreg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=lambda value: _version(wanted=value))
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command; an attnreg error is a message, not a traceback."""
+    try:
+        app(arguments)
+    except AttnregError as error:
+        typer.echo(f"attnreg: {error}", err=True)
+        sys.exit(WRONG)

@@ -1,0 +1,85 @@
+"""`attnreg explain`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from typing import Any
+
+import typer
+
+from attnreg.capabilities import FEATURES, STRUCTURES, Request
+from attnreg.cli.output import console, print_json, print_table
+from attnreg.default import default_registry
+from attnreg.names import AUTO
+from attnreg.selection import Candidate, explain
+
+
+def request_of(
+    *,
+    device: str | None,
+    dtype: str | None,
+    head_dim: int | None,
+    value_head_dim: int | None,
+    heads: str | None,
+    mask: list[str] | None,
+    need: list[str] | None,
+) -> Request:
+    """Build the request from the command's options; a word that means nothing is a usage error."""
+    for option, words, known in (("--mask", mask, STRUCTURES), ("--need", need, frozenset(FEATURES))):
+        if unknown := sorted(set(words or ()) - known):
+            message = f"{', '.join(unknown)}: choose from {', '.join(sorted(known))}"
+            raise typer.BadParameter(message, param_hint=option)
+    query_heads, kv_heads = _heads(heads)
+    needs: dict[str, Any] = dict.fromkeys(need or (), True)
+    return Request(
+        device=device,
+        dtype=dtype,
+        head_dim=head_dim,
+        value_head_dim=value_head_dim,
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        structures=frozenset(mask or ()),
+        **needs,
+    )
+
+
+def run(name: str, request: Request, *, as_json: bool) -> bool:
+    """Print who can serve *request*; return whether *name* can."""
+    if name != AUTO:
+        default_registry.get(name)
+    explanation = explain(request)
+    winner = explanation.winner if name == AUTO else _winner(name, explanation.candidates)
+    shown = [each for each in explanation.candidates if name in (AUTO, each.name)]
+    if as_json:
+        wanted = {field.name: getattr(request, field.name) for field in fields(request)}
+        wanted["structures"] = sorted(request.structures)
+        print_json({"request": wanted, "winner": winner, "candidates": [asdict(each) for each in shown]})
+        return winner is not None
+    cells = [(each.name, *_verdict(each, name), each.origin) for each in shown]
+    print_table("who can serve this request", ("backend", "status", "why", "from"), cells)
+    console.print(f"chosen: {winner}" if winner else "chosen: none", markup=False, highlight=False)
+    return winner is not None
+
+
+def _winner(name: str, candidates: tuple[Candidate, ...]) -> str | None:
+    """Return the explicit name if it can serve: reluctance does not count against a backend that is named."""
+    return name if any(each.name == name and not _against(each, name) for each in candidates) else None
+
+
+def _against(candidate: Candidate, name: str) -> list[str]:
+    return [str(reason) for reason in candidate.reasons if name == AUTO or reason.code != "lossy"]
+
+
+def _verdict(candidate: Candidate, name: str) -> tuple[str, str]:
+    against = _against(candidate, name)
+    return ("refused", "\n".join(against)) if against else ("can serve", "")
+
+
+def _heads(text: str | None) -> tuple[int | None, int | None]:
+    if text is None:
+        return None, None
+    query_heads, _, kv_heads = text.partition("/")
+    try:
+        return int(query_heads), int(kv_heads or query_heads)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither 32 nor 32/8", param_hint="--heads") from None

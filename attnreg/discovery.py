@@ -1,0 +1,112 @@
+"""Which installed distributions offer backends, found without importing any of them.
+
+This is the only module that imports importlib-metadata, and only strings leave it. Every distribution is read on its
+own: a corrupt one costs a `Fault`, not discovery. The group is `attnreg.backends`, the key is the backend's name and
+the value is the module that holds the hook.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import importlib_metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+GROUP: Final = "attnreg.backends"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Candidate:
+    """An entry point: the backend `name`, the module `target` that provides it, and the distribution it is from."""
+
+    name: str
+    target: str
+    distribution: str
+    version: str
+
+    @property
+    def provider(self) -> str:
+        """The distribution and its version."""
+        return f"{self.distribution} {self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A distribution whose metadata cannot be read."""
+
+    distribution: str
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """Everything that one scan of `sys.path` found."""
+
+    candidates: tuple[Candidate, ...]
+    faults: tuple[Fault, ...]
+
+
+def scan(*, thorough: bool = False) -> Discovery:
+    """Read the entry points of every installed distribution.
+
+    Args:
+        thorough: also parse what is no concern of attnreg, to name the distribution whose entry points break others.
+    """
+    candidates: set[Candidate] = set()
+    faults: list[Fault] = []
+    for distribution in importlib_metadata.distributions():
+        try:
+            candidates.update(_candidates(distribution, thorough=thorough))
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with it, it is one distribution's fault
+            faults.append(Fault(_label(distribution), f"{type(error).__name__}: {error}"))
+    return Discovery(tuple(sorted(candidates)), tuple(faults))
+
+
+def version(distribution: str) -> str | None:
+    """Return the installed version of *distribution*, or None."""
+    try:
+        return str(importlib_metadata.version(distribution))
+    except Exception:  # noqa: BLE001 - not installed, or installed and unreadable: either way there is no version
+        return None
+
+
+def normalized(distribution: str) -> str:
+    """Spell a distribution's name as PEP 503 does, so that `Attnreg_Flash2` and `attnreg-flash2` are one."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def _candidates(distribution: importlib_metadata.Distribution, *, thorough: bool) -> Iterator[Candidate]:
+    text = distribution.read_text("entry_points.txt") or ""
+    if not text or (GROUP not in text and not thorough):
+        return
+    entry_points = distribution.entry_points
+    ours = [entry_point for entry_point in entry_points if entry_point.group == GROUP]
+    if ours and _is_active(distribution, text):
+        name, release = str(distribution.metadata["Name"]), str(distribution.version)
+        for entry_point in ours:
+            yield Candidate(str(entry_point.name), str(entry_point.value), name, release)
+
+
+def _is_active(distribution: importlib_metadata.Distribution, text: str) -> bool:
+    """Whether it is the first of its name on `sys.path`; leftovers without metadata do not count at all.
+
+    A failed upgrade leaves a second `.dist-info` behind, and one distribution must not conflict with itself.
+    """
+    if distribution.read_text("METADATA") is None and distribution.read_text("PKG-INFO") is None:
+        return False
+    for other in importlib_metadata.distributions(name=str(distribution.metadata["Name"])):
+        if other.read_text("METADATA") is not None or other.read_text("PKG-INFO") is not None:
+            return str(other.version) == str(distribution.version) and other.read_text("entry_points.txt") == text
+    return True
+
+
+def _label(distribution: importlib_metadata.Distribution) -> str:
+    """Name a distribution that may be too broken to know its own name: by its files, if need be."""
+    try:
+        return f"{distribution.metadata['Name']} {distribution.version}"
+    except Exception:  # noqa: BLE001 - its metadata is what is broken
+        return str(getattr(distribution, "_path", "a distribution without a readable name"))

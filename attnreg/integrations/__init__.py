@@ -1,0 +1,1 @@
+"""Bridges to libraries whose models no one here wrote."""

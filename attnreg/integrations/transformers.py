@@ -1,0 +1,140 @@
+"""Every attnreg backend, selectable in an unmodified transformers model.
+
+    from attnreg.integrations.transformers import alias
+    model = AutoModel.from_pretrained(path, attn_implementation=alias("sdpa"))
+
+transformers decides by substrings what an implementation is: any name with "flash", "sdpa" or "flex_attention" in it
+is put through checks meant for its own kernels, and a Hub-like name is downloaded. So each backend is registered
+there under an alias that contains none of these: `attnreg:` and the name in upper case, such as `attnreg:SDPA`. The
+attention function and its mask formatter are always registered together; without a formatter transformers would
+silently pass no mask at all.
+
+Names that are registered with attnreg later follow by themselves. `disable` leaves transformers as it was.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from attnreg.default import default_registry
+from attnreg.errors import AttnregError, BridgeError
+from attnreg.masks import bidirectional, causal
+from attnreg.names import parse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from attnreg.backend import Backend
+    from attnreg.registry import Registry
+
+try:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+except ImportError as error:
+    raise BridgeError(
+        "transformers",
+        f"it cannot be imported ({error})",
+        "pip install 'attnreg[transformers]' (transformers 5.17 or newer).",
+    ) from error
+
+PREFIX = "attnreg:"
+
+_KNOWN: dict[Any, Any] = {causal_mask_function: causal(), bidirectional_mask_function: bidirectional()}
+"""transformers' own mask functions that attnreg has a record for; the records can be read, functions only called."""
+
+
+def alias(name: str) -> str:
+    """Return the string that selects backend *name* in transformers, and make sure that it works there.
+
+    Raises:
+        UnknownBackendError: nobody provides *name*; see `attnreg.get` for what else it raises.
+        BridgeError: another backend's name differs only in upper and lower case.
+    """
+    return _bridge.add(default_registry.get(name))
+
+
+def enable(*names: str) -> list[str]:
+    """Register backends with transformers and return their aliases: those named, or all that can be loaded.
+
+    Without *names* this imports every plugin's module, though no kernel, and skips those that cannot be used.
+    """
+    if names:
+        return [alias(name) for name in names]
+    _bridge.follow = True
+    aliases = []
+    for name in default_registry.names():
+        try:
+            aliases.append(alias(name))
+        except AttnregError:
+            continue
+    return aliases
+
+
+def disable() -> None:
+    """Take every alias out of transformers again."""
+    _bridge.clear()
+
+
+def bind(backend: Backend) -> str:
+    """Register a backend that is in no registry, such as one under test, and return its alias."""
+    return _bridge.add(backend)
+
+
+def spelled(name: str) -> str:
+    """Return the alias of *name*, without asking whether there is such a backend."""
+    parse(name)
+    return f"{PREFIX}{name.upper()}"
+
+
+class _Bridge:
+    """What has been registered with transformers, kept in step with the registry."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.follow = False
+        self.names: dict[str, str] = {}
+        registry.subscribe(self)
+
+    def add(self, backend: Backend) -> str:
+        key = spelled(backend.name)
+        if self.names.get(key, backend.name) != backend.name:
+            problem = f"{backend.name!r} and {self.names[key]!r} would both be {key!r}"
+            raise BridgeError("transformers", problem, "Rename one, so that they differ in more than case.")
+        self.names[key] = backend.name
+        AttentionInterface.register(key, backend.call)
+        AttentionMaskInterface.register(key, _formatter(backend.mask))
+        return key
+
+    def remove(self, key: str) -> None:
+        self.names.pop(key, None)
+        # transformers has no public way to take a registration back.
+        AttentionInterface._global_mapping.pop(key, None)  # noqa: SLF001
+        AttentionMaskInterface._global_mapping.pop(key, None)  # noqa: SLF001
+
+    def clear(self) -> None:
+        self.follow = False
+        for key in list(self.names):
+            self.remove(key)
+
+    def forget(self, name: str) -> None:
+        """Follow the registry: *name* means something else now, or nothing."""
+        key = spelled(name)
+        if self.names.get(key) != name and not self.follow:
+            return
+        try:
+            self.add(self.registry.get(name))
+        except AttnregError:
+            if self.names.get(key) == name:
+                self.remove(key)
+
+
+def _formatter(mask: Callable[..., Any]) -> Callable[..., Any]:
+    """Hand transformers' call on to *mask*, with its mask functions in attnreg's terms where there are any."""
+
+    def formatted(*args: Any, mask_function: Any = causal_mask_function, **kwargs: Any) -> Any:
+        return mask(*args, mask_function=_KNOWN.get(mask_function, mask_function), **kwargs)
+
+    return formatted
+
+
+_bridge = _Bridge(default_registry)

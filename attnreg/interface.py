@@ -1,0 +1,191 @@
+"""`AttentionInterface` and `AttentionMaskInterface`: two mappings over the default registry.
+
+Both read the same `Backend` records, so a name cannot have an attention function and lose its mask formatter.
+An instance may override names for itself, as a modelling file does that adapts one backend; the overrides of a mask
+count like any other.
+
+Looking a name up is one dictionary access after its first use, and traces under `torch.compile(fullgraph=True)`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any, ClassVar
+
+from attnreg.backend import Backend, check_attention, check_mask
+from attnreg.capabilities import Capabilities
+from attnreg.default import default_registry
+from attnreg.errors import MissingMaskFormatterError, UnknownBackendError
+from attnreg.names import check_base
+from attnreg.registry import Registry
+
+
+class _View(MutableMapping[str, Callable[..., Any]]):
+    """A mapping over a registry, with overrides of its own."""
+
+    registry: ClassVar[Registry] = default_registry
+
+    def __init__(self) -> None:
+        self._own: dict[str, Callable[..., Any] | Backend] = {}
+        self.resolved: dict[str, Callable[..., Any]] = {}
+        self.registry.subscribe(self)
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        try:
+            return self.resolved[name]
+        except KeyError:
+            return self._resolve(name)
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self._own:
+            raise UnknownBackendError(name, self._own) from None
+        del self._own[name]
+        self.forget(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.valid_keys())
+
+    def __len__(self) -> int:
+        return len(self.valid_keys())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._own or name in self.registry
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {', '.join(self)}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"own": dict(self._own)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self._own.update(state["own"])
+
+    def get_interface(self, name: str | None, default: Callable[..., Any] | None = None) -> Callable[..., Any] | None:
+        """Return what *name* stands for, or *default* if *name* is None.
+
+        Unlike `get`, a name that nobody provides is an error and not the default, so that a typo is never silent.
+        """
+        if name is None:
+            return default
+        return self[name]
+
+    def valid_keys(self) -> list[str]:
+        """Return the names that can be looked up, sorted; finding them imports no plugin."""
+        return sorted({*self._own, *self.registry.names()})
+
+    def forget(self, name: str) -> None:
+        """*name* means something else from now on; the registry calls this."""
+        self.resolved.pop(name, None)
+
+    def _resolve(self, name: str) -> Callable[..., Any]:
+        function = self.resolved[name] = self._look_up(name)
+        return function
+
+    @abstractmethod
+    def _look_up(self, name: str) -> Callable[..., Any]:
+        """Find what *name* stands for, overrides first."""
+
+
+class AttentionMaskInterface(_View):
+    """Mask formatters by backend name. `interface[name] = formatter` overrides one for this instance alone.
+
+    Attributes:
+        resolved: the names looked up so far, as a plain dictionary.
+    """
+
+    @classmethod
+    def register(cls, name: str, formatter: Callable[..., Any], *, replace: bool = False) -> None:
+        """Register the mask formatter of *name* for the whole process.
+
+        Raises:
+            InvalidNameError: the name does not follow the grammar.
+            InvalidBackendError: *formatter* cannot be called as the formatter contract says.
+            NameTakenError: somebody else has a formatter there; pass ``replace=True``.
+        """
+        cls.registry.add_mask(name, formatter, replace=replace)
+
+    def __setitem__(self, name: str, formatter: Callable[..., Any]) -> None:
+        check_base(name)
+        check_mask(name, formatter)
+        self._own[name] = formatter
+        self.forget(name)
+
+    def _look_up(self, name: str) -> Callable[..., Any]:
+        own = self._own.get(name)
+        return own if own is not None else self.registry.get(name).mask
+
+
+class AttentionInterface(_View):
+    """Attention functions by backend name. `interface[name] = function` overrides one for this instance alone.
+
+    The functions are those that models call: behind the guard that refuses what a backend does not declare. The
+    function as it was registered is their ``__wrapped__``.
+
+    Args:
+        masks: the mask formatters that this instance's overrides are paired with; a fresh instance by default.
+
+    Attributes:
+        resolved: the names looked up so far, as a plain dictionary.
+        masks: see above.
+    """
+
+    def __init__(self, masks: AttentionMaskInterface | None = None) -> None:
+        super().__init__()
+        self.masks = AttentionMaskInterface() if masks is None else masks
+
+    @classmethod
+    def register(
+        cls,
+        name: str,
+        function: Callable[..., Any],
+        *,
+        mask: Callable[..., Any] | None = None,
+        supports: Capabilities | None = None,
+        replace: bool = False,
+    ) -> None:
+        """Register an attention function for the whole process.
+
+        Args:
+            name: how users will ask for it.
+            function: see `AttentionFunction`.
+            mask: its formatter. Without one, the name stays unusable until `AttentionMaskInterface.register` adds it.
+            supports: what *function* can do; anything not declared is refused.
+            replace: take a name that belongs to a built-in, a plugin or other code.
+
+        Raises:
+            InvalidNameError: the name does not follow the grammar.
+            InvalidBackendError: a function cannot be called as the contract says.
+            NameTakenError: the name belongs to someone else; pass ``replace=True``.
+        """
+        cls.registry.add_attention(name, function, mask=mask, supports=supports, replace=replace)
+
+    @classmethod
+    def unregister(cls, name: str) -> None:
+        """Take back what user code registered as *name*, attention and mask; what it replaced is back."""
+        cls.registry.remove(name)
+
+    def __setitem__(self, name: str, function: Callable[..., Any] | Backend) -> None:
+        check_base(name)
+        if not isinstance(function, Backend):
+            check_attention(name, function)
+        self._own[name] = function
+        self.forget(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "masks": self.masks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.masks = state["masks"]
+
+    def _look_up(self, name: str) -> Callable[..., Any]:
+        own = self._own.get(name)
+        if own is None:
+            return self.registry.get(name).call
+        if isinstance(own, Backend):
+            return own.call
+        if name not in self.masks:
+            raise MissingMaskFormatterError(name)
+        return Backend(name=name, attention=own, mask=self.masks[name]).call

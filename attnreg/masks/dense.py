@@ -1,0 +1,94 @@
+"""From a mask function to a dense boolean mask."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from attnreg.errors import InvalidMaskError
+from attnreg.masks.predicates import Bidirectional, Causal
+
+if TYPE_CHECKING:
+    from attnreg.masks.predicates import MaskFunction
+
+_RANK = 4
+
+
+def dense(
+    mask_function: MaskFunction,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    *,
+    heads: int | None = None,
+    device: torch.device | str | None = None,
+    elementwise: bool | None = None,
+) -> torch.Tensor:
+    """Evaluate *mask_function* at every position.
+
+    Args:
+        mask_function: predicate on absolute indices.
+        batch_size: rows of the batch.
+        q_length: queries, at positions `q_offset` and up.
+        kv_length: keys, at positions `kv_offset` and up.
+        q_offset: position of the first query; a 0-dim tensor with a static cache.
+        kv_offset: position of the first key.
+        heads: number of query heads; needed only by a mask function that depends on the head.
+        device: where to build it.
+        elementwise: the function may be called once on broadcasting index tensors. None: built-in ones are, others
+            are called on scalars through `torch.vmap`, as flex attention does.
+
+    Returns:
+        bool, `(1 or batch_size, 1 or heads, q_length, kv_length)`: an axis that the function does not depend on is 1.
+
+    Raises:
+        InvalidMaskError: the function depends on the head and *heads* is None, or its result is no boolean mask.
+    """
+    q_idx = torch.arange(q_length, device=device) + q_offset
+    kv_idx = torch.arange(kv_length, device=device) + kv_offset
+    # Two stand-in heads are enough to see whether the function looks at the head at all.
+    indices = torch.arange(batch_size, device=device), torch.arange(heads or 2, device=device), q_idx, kv_idx
+    if elementwise is None:
+        elementwise = isinstance(mask_function, Causal | Bidirectional)
+    mask = (_broadcast if elementwise else _vmapped)(mask_function, indices)
+    if mask.dtype != torch.bool or mask.dim() > _RANK:
+        got = f"of dtype {mask.dtype} and shape {tuple(mask.shape)}"
+        raise InvalidMaskError("a mask function's result", got, "a bool tensor that broadcasts over the indices")
+    return _collapsed(mask, batch_size, heads, q_length, kv_length)
+
+
+def _broadcast(mask_function: MaskFunction, indices: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    batch_idx, head_idx, q_idx, kv_idx = indices
+    return mask_function(
+        batch_idx[:, None, None, None], head_idx[None, :, None, None], q_idx[None, None, :, None], kv_idx
+    )
+
+
+def _vmapped(mask_function: MaskFunction, indices: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Call it on scalars. Results that ignore an index come back with stride 0 along it."""
+    # torch keeps this under a private name, and flex attention itself relies on it: it makes `ids[q_idx]` traceable.
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    function = mask_function
+    for axis in reversed(range(_RANK)):
+        in_dims = tuple(0 if position == axis else None for position in range(_RANK))
+        function = torch.vmap(function, in_dims=in_dims)
+    with TransformGetItemToIndex():
+        return function(*indices)
+
+
+def _collapsed(
+    mask: torch.Tensor, batch_size: int, heads: int | None, q_length: int, kv_length: int
+) -> torch.Tensor:
+    """Bring it to four axes, with 1 for the batch and head axes that every element is equal along."""
+    mask = mask.reshape((1,) * (_RANK - mask.dim()) + tuple(mask.shape))
+    for axis in (0, 1):
+        if mask.shape[axis] > 1 and mask.stride(axis) == 0:
+            mask = mask.narrow(axis, 0, 1)
+    if mask.shape[1] > 1 and heads is None:
+        wanted = "num_heads=…, or a config with num_attention_heads, so that no head is lost"
+        raise InvalidMaskError("the number of heads", "not known to a mask function that depends on the head", wanted)
+    return mask.expand(mask.shape[0], mask.shape[1], q_length, kv_length)

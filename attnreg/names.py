@@ -1,0 +1,57 @@
+"""The grammar of backend names: `[wrapper[(args)]|]*name`. Names are opaque keys, never tested by substring."""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple
+
+from attnreg.errors import InvalidNameError
+
+AUTO: Final = "auto"
+"""Asks for the best backend that can serve the request; no backend may bear this name."""
+
+_BASE = re.compile(r"[A-Za-z0-9_.-]+")
+_HUB = re.compile(r"(?P<repo>[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+)(@[A-Za-z0-9_./-]+)?(:[A-Za-z_][A-Za-z0-9_]*)?")
+_WRAPPER = re.compile(r"(?P<wrapper>[A-Za-z][A-Za-z0-9_]*)(\((?P<args>[^()|]*)\))?")
+
+
+class Wrapper(NamedTuple):
+    """What stands left of a bar: `paged`, or `ulysses(2)` with the arguments `"2"`."""
+
+    name: str
+    args: str
+
+
+class ParsedName(NamedTuple):
+    """A name taken apart: `wrappers` from the outermost inwards, and the `base` backend's name."""
+
+    wrappers: tuple[Wrapper, ...]
+    base: str
+
+
+def check_base(name: object) -> str:
+    """Return *name* if a backend may bear it, else raise `InvalidNameError`."""
+    if not isinstance(name, str):
+        raise InvalidNameError(name, f"it is of type {type(name).__name__}, not str")
+    if name == AUTO:
+        raise InvalidNameError(name, f"{AUTO!r} asks for automatic choice")
+    hub = _HUB.fullmatch(name)
+    if hub and not any(set(part) == {"."} for part in hub["repo"].split("/")):
+        return name
+    if not _BASE.fullmatch(name):
+        raise InvalidNameError(name, "it is empty" if not name else "it has a part that the grammar does not allow")
+    return name
+
+
+def parse(name: object) -> ParsedName:
+    """Take *name* apart, or raise `InvalidNameError`."""
+    if not isinstance(name, str):
+        raise InvalidNameError(name, f"it is of type {type(name).__name__}, not str")
+    *left, base = name.split("|")
+    wrappers = []
+    for part in left:
+        match = _WRAPPER.fullmatch(part)
+        if match is None:
+            raise InvalidNameError(name, f"{part!r} is no wrapper")
+        wrappers.append(Wrapper(match["wrapper"], match["args"] or ""))
+    return ParsedName(tuple(wrappers), check_base(base))

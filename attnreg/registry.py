@@ -1,0 +1,268 @@
+"""The registry: a dictionary of backends, and the rules about who may write into it.
+
+It knows nothing of distributions or of torch. Backends that are not registered yet come from a `Finder`, which the
+registry asks for names (cheap) and, one name at a time, for the backends themselves.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakSet
+
+from attnreg.backend import API, Backend, Origin, check_attention, check_mask, check_supports
+from attnreg.capabilities import Capabilities
+from attnreg.errors import (
+    ApiMismatchError,
+    AttnregError,
+    InvalidBackendError,
+    MissingAttentionError,
+    MissingMaskFormatterError,
+    NameTakenError,
+    UnknownBackendError,
+    UnknownWrapperError,
+)
+from attnreg.finder import Finder, NoFinder, Row
+from attnreg.names import check_base, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+class Listener(Protocol):
+    """Something that keeps what it looked up and must forget it when it changes."""
+
+    def forget(self, name: str) -> None:
+        """*name* means something else from now on."""
+
+
+@dataclass(slots=True)
+class _Halves:
+    """What user code has registered under one name so far."""
+
+    attention: Callable[..., Any] | None = None
+    mask: Callable[..., Any] | None = None
+    supports: Capabilities = field(default_factory=Capabilities)
+
+
+class Registry:
+    """Backends by name. Writing is atomic, validated and locked; reading what has been resolved takes no lock.
+
+    Args:
+        finder: called once, at the first question that the registry itself cannot answer.
+    """
+
+    def __init__(self, finder: Callable[[], Finder] = NoFinder) -> None:
+        self._make_finder = finder
+        self._finder: Finder | None = None
+        self._lock = threading.RLock()
+        self._halves: dict[str, _Halves] = {}
+        self._found: dict[str, Backend] = {}
+        self._ready: dict[str, Backend] = {}
+        self._listeners: WeakSet[Listener] = WeakSet()
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def get(self, name: str) -> Backend:
+        """Return the backend called *name*, loading its plugin if need be.
+
+        Raises:
+            InvalidNameError: the name does not follow the grammar.
+            UnknownBackendError: nobody provides it.
+            IncompleteBackendError: one half of the pair is missing.
+            PluginError: the plugin that provides it cannot be used.
+            DuplicateBackendError: two distributions provide it.
+        """
+        try:
+            return self._ready[name]
+        except (KeyError, TypeError):
+            return self._resolve(name)
+
+    def names(self) -> list[str]:
+        """Return the names that can be asked for, sorted; finding them imports no plugin."""
+        incomplete = {name for name, halves in self._halves.items() if self._lacks(name, halves)}
+        return sorted({*self._halves, *self._found, *self.finder.names()} - incomplete)
+
+    def rows(self) -> list[Row]:
+        """Return a row for every name, also for those that cannot be used, with the reason."""
+        mine = {name: self._found_row(name) for name in self._found}
+        mine |= {name: self._own_row(name) for name in self._halves}
+        found = [row for row in self.finder.rows() if row.name not in mine or row.status == "broken"]
+        return sorted([*mine.values(), *found], key=lambda row: (row.name, row.status))
+
+    @property
+    def finder(self) -> Finder:
+        """The source of backends that nobody registered by hand."""
+        if self._finder is None:
+            with self._lock:
+                self._finder = self._finder or self._make_finder()
+        return self._finder
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._ready or name in self.names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __repr__(self) -> str:
+        return f"<attnreg.Registry: {', '.join(self.names())}>"
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def add(self, backend: Backend, *, replace: bool = False) -> None:
+        """Register a whole *backend*.
+
+        Raises:
+            ApiMismatchError: the backend was written for another version of the contract.
+            NameTakenError: the name belongs to someone else and *replace* is False.
+        """
+        check_record(backend, _qualified(getattr(backend, "attention", backend)))
+        self._write(backend.name, _Halves(backend.attention, backend.mask, backend.supports), replace=replace)
+
+    def add_attention(
+        self,
+        name: str,
+        attention: Callable[..., Any],
+        *,
+        mask: Callable[..., Any] | None = None,
+        supports: Capabilities | None = None,
+        replace: bool = False,
+    ) -> None:
+        """Register an attention function; without *mask*, the name stays unusable until it has a formatter."""
+        check_base(name)
+        check_attention(name, attention)
+        if mask is not None:
+            check_mask(name, mask)
+        supports = Capabilities() if supports is None else supports
+        check_supports(name, supports)
+        self._write(name, _Halves(attention, mask, supports), replace=replace)
+
+    def add_mask(self, name: str, mask: Callable[..., Any], *, replace: bool = False) -> None:
+        """Register a mask formatter; without an attention function, the name stays unusable until it has one."""
+        check_base(name)
+        check_mask(name, mask)
+        self._write(name, _Halves(mask=mask), replace=replace)
+
+    def remove(self, name: str) -> None:
+        """Take back what user code registered as *name*; a built-in or plugin that it replaced is back.
+
+        Raises:
+            UnknownBackendError: user code has registered nothing of that name.
+            NameTakenError: the name belongs to a built-in or a plugin, which nobody can remove.
+        """
+        with self._lock:
+            if name not in self._halves:
+                if owner := self._provider(name):
+                    raise NameTakenError(name, owner, "removal", may_replace=True)
+                raise UnknownBackendError(name, self._halves)
+            del self._halves[name]
+            self._changed(name)
+
+    def subscribe(self, listener: Listener) -> None:
+        """Tell *listener* of every name whose meaning changes, as long as it lives."""
+        self._listeners.add(listener)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _resolve(self, name: object) -> Backend:
+        parsed = parse(name)
+        if parsed.wrappers:
+            raise UnknownWrapperError(str(name), parsed.wrappers[0].name, ())
+        with self._lock:
+            backend = self._from_user(parsed.base) or self._from_finder(parsed.base)
+            if backend is None:
+                raise UnknownBackendError(parsed.base, self.names(), self._unusable())
+            self._ready[backend.name] = backend
+            return backend
+
+    def _from_user(self, name: str) -> Backend | None:
+        halves = self._halves.get(name)
+        if halves is None:
+            return None
+        beneath = None if halves.attention and halves.mask else self._from_finder(name)
+        attention = halves.attention or (beneath and beneath.attention)
+        mask = halves.mask or (beneath and beneath.mask)
+        if attention is None or mask is None:
+            raise _missing_half(name, halves)
+        supports = halves.supports if halves.attention or not beneath else beneath.supports
+        origin = Origin("user", _owner(halves).removeprefix("user code (").removesuffix(")"))
+        return Backend(name=name, attention=attention, mask=mask, supports=supports, origin=origin)
+
+    def _from_finder(self, name: str) -> Backend | None:
+        if name not in self._found:
+            for backend in self.finder.load(name):
+                self._found.setdefault(backend.name, backend)
+        return self._found.get(name)
+
+    def _write(self, name: str, new: _Halves, *, replace: bool) -> None:
+        with self._lock:
+            old = self._halves.get(name)
+            if not replace and (owner := self._conflict(name, old, new)):
+                raise NameTakenError(name, owner, _owner(new), may_replace=True)
+            if old is not None and new.attention is None:
+                new = _Halves(old.attention, new.mask, old.supports)
+            elif old is not None and new.mask is None:
+                new.mask = old.mask
+            self._halves[name] = new
+            self._changed(name)
+
+    def _conflict(self, name: str, old: _Halves | None, new: _Halves) -> str:
+        """Who stands in the way of *new*: a built-in or plugin, or other user code; the same code again never does."""
+        if old is None:
+            return self._provider(name)
+        for before, after in ((old.attention, new.attention), (old.mask, new.mask)):
+            if before is not None and after is not None and before is not after and not _same(before, after):
+                return f"user code ({_qualified(before)})"
+        return ""
+
+    def _found_row(self, name: str) -> Row:
+        return Row(name, "ready", str(self._found[name].origin))
+
+    def _own_row(self, name: str) -> Row:
+        halves = self._halves[name]
+        problem = str(_missing_half(name, halves)) if self._lacks(name, halves) else ""
+        return Row(name, "incomplete" if problem else "ready", _owner(halves), problem)
+
+    def _lacks(self, name: str, halves: _Halves) -> bool:
+        """Whether a half is missing that nothing beneath provides."""
+        return (halves.attention is None or halves.mask is None) and not self._provider(name)
+
+    def _provider(self, name: str) -> str:
+        return str(self._found[name].origin) if name in self._found else self.finder.provider(name)
+
+    def _unusable(self) -> dict[str, str]:
+        return {row.name: row.problem for row in self.rows() if row.problem}
+
+    def _changed(self, name: str) -> None:
+        self._ready.pop(name, None)
+        for listener in list(self._listeners):
+            listener.forget(name)
+
+
+def check_record(backend: object, provider: str) -> Backend:
+    """Return *backend* if it is a record that speaks this attnreg's API; the error says which side to upgrade."""
+    if not isinstance(backend, Backend):
+        raise InvalidBackendError(provider, "record", f"{backend!r}", "it must be an attnreg.Backend")
+    if backend.api != API:
+        from attnreg import __version__
+
+        raise ApiMismatchError(backend.name, backend.api, API, provider, f"attnreg {__version__}")
+    return backend
+
+
+def _missing_half(name: str, halves: _Halves) -> AttnregError:
+    return MissingAttentionError(name) if halves.attention is None else MissingMaskFormatterError(name)
+
+
+def _qualified(function: object) -> str:
+    qualname = getattr(function, "__qualname__", None)
+    return f"{getattr(function, '__module__', None)}:{qualname}" if qualname else repr(function)
+
+
+def _same(before: object, after: object) -> bool:
+    """Whether a notebook cell was run twice: same module and same qualified name."""
+    return _qualified(before) == _qualified(after)
+
+
+def _owner(halves: _Halves) -> str:
+    return f"user code ({_qualified(halves.attention or halves.mask)})"

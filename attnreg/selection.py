@@ -1,0 +1,147 @@
+"""Choosing a backend: by name, or the best that can serve a request. Never on the call path.
+
+The order is: an explicit name, else the innermost `use(...)`, else `ATTNREG_IMPLEMENTATION`, else `auto`. An explicit
+name never falls back to another backend.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from attnreg.capabilities import Reason, Request, reasons, reluctance
+from attnreg.default import default_registry
+from attnreg.errors import AttnregError, ConfigurationError, NoBackendError, UnknownBackendError, UnsupportedError
+from attnreg.names import AUTO
+from attnreg.settings import IMPLEMENTATION, default_implementation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from attnreg.backend import Backend
+    from attnreg.finder import Row
+    from attnreg.registry import Registry
+
+_scope: ContextVar[str | None] = ContextVar("attnreg_use", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One backend in an explanation: who provides it and every reason why it cannot serve; no reason means it can."""
+
+    name: str
+    origin: str
+    priority: int
+    reasons: tuple[Reason, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.origin}): " + ("; ".join(map(str, self.reasons)) or "can serve")
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What `explain` found: the request, all candidates from the best to the refused, and the winner's name."""
+
+    request: Request
+    candidates: tuple[Candidate, ...]
+    winner: str | None
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.candidates), f"winner: {self.winner or 'none'}"])
+
+
+def get(name: str) -> Backend:
+    """Return the default registry's backend of that name; see `Registry.get` for what it raises."""
+    return default_registry.get(name)
+
+
+def names() -> list[str]:
+    """Return the names that can be asked for, sorted; finding them imports no plugin."""
+    return default_registry.names()
+
+
+def explain(request: Request | None = None, *, registry: Registry = default_registry) -> Explanation:
+    """Judge every backend against *request*: all reasons of all candidates, and the winner that `auto` would choose.
+
+    Every plugin's module is imported for its capabilities, but no kernel. A plugin that cannot be loaded is a
+    candidate with that reason.
+    """
+    request = request or Request()
+    found = [_judge(row, request, registry) for row in registry.rows()]
+    ordered = tuple(sorted(found, key=lambda each: (bool(each.reasons), -each.priority, each.name)))
+    winner = next((each.name for each in ordered if not each.reasons), None)
+    return Explanation(request, ordered, winner)
+
+
+def resolve(
+    name: str | None = None, request: Request | None = None, *, registry: Registry = default_registry
+) -> Backend:
+    """Return the backend that *name* stands for, and make sure that it can serve *request*.
+
+    Args:
+        name: a backend's name, `"auto"`, or None for `use(...)`, then `ATTNREG_IMPLEMENTATION`, then `auto`.
+        request: what the caller needs; None asks for nothing in particular.
+        registry: where to look.
+
+    Raises:
+        UnknownBackendError: nobody provides that name (`ConfigurationError` if the environment names it).
+        UnsupportedError: the backend named cannot serve the request; holds the reasons. There is no fallback.
+        NoBackendError: `auto`, and no backend can; holds every candidate's reasons.
+    """
+    name = name or _scope.get() or _from_environment(registry) or AUTO
+    request = request or Request()
+    if name != AUTO:
+        backend = registry.get(name)
+        if found := reasons(backend.supports, request):
+            raise UnsupportedError(name, found)
+        return backend
+    explanation = explain(request, registry=registry)
+    if explanation.winner is None:
+        raise NoBackendError({each.name: each.reasons for each in explanation.candidates})
+    return registry.get(explanation.winner)
+
+
+@contextmanager
+def use(name: str, *, registry: Registry = default_registry) -> Iterator[None]:
+    """Make *name* the default inside the block, for this thread or task alone.
+
+    It acts where a name is resolved: on functional calls, and on modules built or bound inside the block. What is
+    already bound stays as it is.
+
+    Raises:
+        UnknownBackendError: nobody provides that name; raised on entry.
+    """
+    if name != AUTO:
+        registry.get(name)
+    token = _scope.set(name)
+    try:
+        yield
+    finally:
+        _scope.reset(token)
+
+
+def _judge(row: Row, request: Request, registry: Registry) -> Candidate:
+    problem = row.problem
+    if not problem:
+        try:
+            backend = registry.get(row.name)
+        except AttnregError as error:
+            problem = str(error)
+        else:
+            why = (*reasons(backend.supports, request), *reluctance(backend.supports, request))
+            return Candidate(row.name, row.origin, backend.supports.priority, why)
+    unavailable = Reason("unavailable", "a usable backend", problem, "See `attnreg doctor`.")
+    return Candidate(row.name, row.origin, 0, (unavailable,))
+
+
+def _from_environment(registry: Registry) -> str | None:
+    name = default_implementation()
+    if name is None or name == AUTO or name in registry:
+        return name
+    try:
+        registry.get(name)
+    except UnknownBackendError as error:
+        raise ConfigurationError(IMPLEMENTATION, name, error.message, "Set it to a backend's name.") from None
+    return name

@@ -1,0 +1,64 @@
+"""The environment variables, read where they are used and never at import.
+
+`ATTNREG_DISABLE` and `ATTNREG_ONLY` hold comma-separated backend or distribution names and act before any plugin is
+imported; built-ins are never hidden by `ATTNREG_ONLY`. `ATTNREG_IMPLEMENTATION` is the default name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, Final
+
+from attnreg.errors import ConfigurationError, InvalidNameError
+from attnreg.names import AUTO, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DISABLE: Final = "ATTNREG_DISABLE"
+ONLY: Final = "ATTNREG_ONLY"
+IMPLEMENTATION: Final = "ATTNREG_IMPLEMENTATION"
+
+_ITEM = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
+
+
+def hidden(name: str, distribution: str, normalized: Callable[[str], str]) -> str:
+    """Say which variable hides the backend *name* of *distribution*, such as `"ATTNREG_ONLY"`; empty if none does."""
+    if _mentions(_items(DISABLE), name, distribution, normalized):
+        return DISABLE
+    if (only := _items(ONLY)) and distribution and not _mentions(only, name, distribution, normalized):
+        return ONLY
+    return ""
+
+
+def default_implementation() -> str | None:
+    """Return the name in `ATTNREG_IMPLEMENTATION`, or None.
+
+    Raises:
+        ConfigurationError: its value is no backend name.
+    """
+    value = os.environ.get(IMPLEMENTATION, "").strip()
+    if not value:
+        return None
+    try:
+        return value if value == AUTO else parse(value) and value
+    except InvalidNameError as error:
+        raise ConfigurationError(IMPLEMENTATION, value, error.problem, "Set it to a backend's name.") from None
+
+
+def _items(variable: str) -> tuple[str, ...]:
+    value = os.environ.get(variable, "")
+    items = tuple(item.strip() for item in value.split(",") if item.strip())
+    for item in items:
+        if not _ITEM.fullmatch(item):
+            raise ConfigurationError(
+                variable, value, f"{item!r} is no backend or distribution name", "Separate names by commas."
+            )
+    if value.strip() and not items:
+        raise ConfigurationError(variable, value, "it holds no name", "Separate names by commas, or unset it.")
+    return items
+
+
+def _mentions(items: tuple[str, ...], name: str, distribution: str, normalized: Callable[[str], str]) -> bool:
+    return name in items or normalized(distribution) in {normalized(item) for item in items}
