@@ -90,7 +90,7 @@ class Origin:
     def __str__(self) -> str:
         if self.kind == "plugin":
             return f"{self.distribution} {self.version}"
-        return f"{'attnreg' if self.kind == 'builtin' else 'user code'} ({self.target})"
+        return "attnreg itself" if self.kind == "builtin" else f"user code ({self.target})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

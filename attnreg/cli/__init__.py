@@ -76,13 +76,15 @@ def demo(
     *,
     model: Annotated[str | None, typer.Option(help="A transformers model: a folder, or an id on the Hub.")] = None,
     device: Annotated[str, typer.Option(help="Where to run it, such as cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     repeats: Annotated[int, typer.Option(help="Timed runs for each backend; the median counts.", min=1)] = 10,
     as_json: Json = False,
 ) -> None:
     """Embed real sentences with a real model through every backend, and compare them with the float64 oracle."""
     from attnreg.cli import demonstration
 
-    raise typer.Exit(0 if demonstration.run(model=model, device=device, repeats=repeats, as_json=as_json) else NO)
+    agreed = demonstration.run(model=model, device=device, dtype=dtype, repeats=repeats, as_json=as_json)
+    raise typer.Exit(0 if agreed else NO)
 
 
 def _version(*, wanted: bool) -> None:
