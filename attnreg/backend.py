@@ -144,7 +144,9 @@ class Backend:
 
 def check_attention(name: str, function: object) -> None:
     """Raise `InvalidBackendError` unless *function* can be called as the attention contract says."""
-    wanted = "it must accept (module, query, key, value, attention_mask, **kwargs), because models pass keywords of theirs"
+    wanted = (
+        "it must accept (module, query, key, value, attention_mask, **kwargs), because models pass keywords of theirs"
+    )
     signature = _signature(name, "attention function", function, wanted)
     try:
         signature.bind(*[None] * 5, scaling=None, dropout=0.0, is_causal=None, use_cache=False)

@@ -181,7 +181,9 @@ def reasons(supports: Capabilities, request: Request) -> list[Reason]:
 
 def _hardware(supports: Capabilities, request: Request) -> Iterator[Reason]:
     if supports.devices is not None and request.device is not None and request.device not in supports.devices:
-        yield Reason("device", request.device, _listed(supports.devices), "Move the tensors, or choose another backend.")
+        yield Reason(
+            "device", request.device, _listed(supports.devices), "Move the tensors, or choose another backend."
+        )
     if supports.dtypes is not None and request.dtype is not None and request.dtype not in supports.dtypes:
         yield Reason("dtype", request.dtype, _listed(supports.dtypes), "Cast the inputs, or choose another backend.")
 
@@ -192,22 +194,20 @@ def _heads(supports: Capabilities, request: Request) -> Iterator[Reason]:
         yield Reason("head_dim", str(head_dim), f"up to {supports.max_head_dim}", "Choose another backend.")
     if head_dim is not None and head_dim % multiple:
         yield Reason("head_dim", str(head_dim), f"multiples of {multiple}", "Choose another backend.")
-    if not supports.value_head_dim and None not in (head_dim, request.value_head_dim):
-        if head_dim != request.value_head_dim:
-            yield Reason(
-                "value_head_dim",
-                f"{request.value_head_dim} for value beside {head_dim} for query",
-                "equal head dimensions",
-                "Choose a backend with value_head_dim, such as sdpa.",
-            )
-    if not supports.grouped_query and None not in (request.query_heads, request.kv_heads):
-        if request.query_heads != request.kv_heads:
-            yield Reason(
-                "grouped_query",
-                f"{request.query_heads} query heads on {request.kv_heads} key/value heads",
-                "equal numbers of heads",
-                "Choose a backend with grouped_query, such as sdpa.",
-            )
+    if not supports.value_head_dim and _differ(head_dim, request.value_head_dim):
+        yield Reason(
+            "value_head_dim",
+            f"{request.value_head_dim} for value beside {head_dim} for query",
+            "equal head dimensions",
+            "Choose a backend with value_head_dim, such as sdpa.",
+        )
+    if not supports.grouped_query and _differ(request.query_heads, request.kv_heads):
+        yield Reason(
+            "grouped_query",
+            f"{request.query_heads} query heads on {request.kv_heads} key/value heads",
+            "equal numbers of heads",
+            "Choose a backend with grouped_query, such as sdpa.",
+        )
 
 
 def _features(supports: Capabilities, request: Request) -> Iterator[Reason]:
@@ -224,6 +224,10 @@ def reluctance(supports: Capabilities, request: Request) -> list[Reason]:
         return []
     fix = "Name it, or pass Request(allow_lossy=True)."
     return [Reason("lossy", "the accuracy of the dtype", "a quantised kernel", fix)]
+
+
+def _differ(one: int | None, other: int | None) -> bool:
+    return one is not None and other is not None and one != other
 
 
 def _listed(names: Iterable[str]) -> str:

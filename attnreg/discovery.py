@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import importlib_metadata
 
@@ -79,7 +79,7 @@ def normalized(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
-def _candidates(distribution: importlib_metadata.Distribution, *, thorough: bool) -> Iterator[Candidate]:
+def _candidates(distribution: Any, *, thorough: bool) -> Iterator[Candidate]:
     text = distribution.read_text("entry_points.txt") or ""
     if not text or (GROUP not in text and not thorough):
         return
@@ -91,7 +91,7 @@ def _candidates(distribution: importlib_metadata.Distribution, *, thorough: bool
             yield Candidate(str(entry_point.name), str(entry_point.value), name, release)
 
 
-def _is_active(distribution: importlib_metadata.Distribution, text: str) -> bool:
+def _is_active(distribution: Any, text: str) -> bool:
     """Whether it is the first of its name on `sys.path`; leftovers without metadata do not count at all.
 
     A failed upgrade leaves a second `.dist-info` behind, and one distribution must not conflict with itself.
@@ -104,7 +104,7 @@ def _is_active(distribution: importlib_metadata.Distribution, text: str) -> bool
     return True
 
 
-def _label(distribution: importlib_metadata.Distribution) -> str:
+def _label(distribution: Any) -> str:
     """Name a distribution that may be too broken to know its own name: by its files, if need be."""
     try:
         return f"{distribution.metadata['Name']} {distribution.version}"

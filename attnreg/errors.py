@@ -72,6 +72,8 @@ def _listed(names: Iterable[str]) -> str:
 class InvalidNameError(AttnregError, ValueError):
     """A backend name that the grammar does not allow."""
 
+    problem: str
+
     def __init__(self, name: object, problem: str) -> None:
         super().__init__(
             f"{name!r} is no backend name: {problem}. A name is [wrapper[(args)]|]*name, where name is made of "
@@ -203,7 +205,7 @@ class PluginError(AttnregError):
     def __init__(self, name: str, distribution: str, target: str, problem: str, remedy: str) -> None:
         super().__init__(
             f"backend {name!r} cannot be loaded from {distribution} ({target}): {problem}. {remedy} "
-            f"To leave it out: ATTNREG_DISABLE={distribution.split(' ')[0]}.",
+            f"To leave it out: ATTNREG_DISABLE={distribution.partition(' ')[0]}.",
             name=name,
             distribution=distribution,
             target=target,
@@ -249,7 +251,7 @@ class DuplicateBackendError(AttnregError):
     """Two distributions provide one name; neither is chosen."""
 
     def __init__(self, name: str, distributions: Sequence[str]) -> None:
-        first = distributions[0].split(" ")[0]
+        first = distributions[0].partition(" ")[0]
         super().__init__(
             f"{name!r} is provided by {' and by '.join(distributions)}; neither is chosen. Uninstall one "
             f"(pip uninstall {first}), or hide one (ATTNREG_DISABLE={first}).",

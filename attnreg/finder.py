@@ -28,15 +28,19 @@ class Finder(Protocol):
 
     def names(self) -> Iterable[str]:
         """Names that `load` is likely to serve; finding them imports no plugin."""
+        ...
 
     def provider(self, name: str) -> str:
         """Who provides *name*, in words; empty if nobody does."""
+        ...
 
     def load(self, name: str) -> Iterable[Backend]:
         """Import what provides *name* and return its backends; nothing if nobody provides it."""
+        ...
 
     def rows(self) -> Iterable[Row]:
         """One row for each name found, whatever its state."""
+        ...
 
 
 class NoFinder:

@@ -19,6 +19,7 @@ from attnreg.errors import UnsupportedError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    Check = Callable[[Capabilities, Any, Any, Any], bool]
     Trips = Callable[[Any, Any, Any], bool]
 
 KEYWORDS: Final[Mapping[str, str]] = {
@@ -53,8 +54,8 @@ def guard(name: str, attention: Callable[..., Any], supports: Capabilities) -> C
 
     @functools.wraps(attention)
     def guarded(module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-        for keyword in kwargs:
-            if keyword in refused and _is_asked(keyword, kwargs[keyword], key, attention_mask):
+        for keyword, asked in kwargs.items():
+            if keyword in refused and _is_asked(keyword, asked, key, attention_mask):
                 _refuse(name, supports, query, key, value, attention_mask, kwargs)
         if trips is not None and trips(query, key, value):
             _refuse(name, supports, query, key, value, attention_mask, kwargs)
@@ -76,27 +77,13 @@ def _is_asked(keyword: str, value: Any, key: Any, attention_mask: Any) -> bool:
 
 def _limits(supports: Capabilities) -> Trips | None:
     """One comparison for each limit that is declared, so that a backend without limits pays for none."""
-    checks: list[Trips] = []
-    if not supports.grouped_query:
-        checks.append(lambda query, key, _: query.shape[1] != key.shape[1])
-    if not supports.value_head_dim:
-        checks.append(lambda query, _, value: query.shape[3] != value.shape[3])
-    if supports.max_head_dim is not None or supports.head_dim_multiple != 1:
-        largest, multiple = supports.max_head_dim or float("inf"), supports.head_dim_multiple
-        checks.append(lambda query, *_: query.shape[3] > largest or query.shape[3] % multiple != 0)
-    if (devices := supports.devices) is not None:
-        checks.append(lambda query, *_: query.device.type not in devices)
-    if supports.dtypes is not None:
-        dtypes = frozenset(f"torch.{dtype}" for dtype in supports.dtypes)
-        checks.append(lambda query, *_: str(query.dtype) not in dtypes)
-    if not supports.backward:
-        checks.append(_wants_gradients)
+    checks = [check for applies, check in _CHECKS if applies(supports)]
     if not checks:
         return None
 
     def trips(query: Any, key: Any, value: Any) -> bool:
         for check in checks:  # noqa: SIM110 - a generator costs more than the loop
-            if check(query, key, value):
+            if check(supports, query, key, value):
                 return True
         return False
 
@@ -107,6 +94,21 @@ def _wants_gradients(query: Any, key: Any, value: Any) -> bool:
     import torch
 
     return torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+
+
+_CHECKS: Final[tuple[tuple[Callable[[Capabilities], bool], Check], ...]] = (
+    (lambda can: not can.grouped_query, lambda _, query, key, __: query.shape[1] != key.shape[1]),
+    (lambda can: not can.value_head_dim, lambda _, query, __, value: query.shape[3] != value.shape[3]),
+    (lambda can: can.max_head_dim is not None, lambda can, query, *_: query.shape[3] > can.max_head_dim),
+    (lambda can: can.head_dim_multiple != 1, lambda can, query, *_: query.shape[3] % can.head_dim_multiple != 0),
+    (lambda can: can.devices is not None, lambda can, query, *_: query.device.type not in can.devices),
+    (
+        lambda can: can.dtypes is not None,
+        lambda can, query, *_: str(query.dtype).removeprefix("torch.") not in can.dtypes,
+    ),
+    (lambda can: not can.backward, lambda _, *tensors: _wants_gradients(*tensors)),
+)
+"""For each limit: whether a backend declares it, and whether a call may exceed it. `reasons` has the last word."""
 
 
 def _refuse(

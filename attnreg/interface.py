@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, MutableMapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from attnreg.backend import Backend, check_attention, check_mask
-from attnreg.capabilities import Capabilities
 from attnreg.default import default_registry
 from attnreg.errors import MissingMaskFormatterError, UnknownBackendError
 from attnreg.names import check_base
-from attnreg.registry import Registry
+
+if TYPE_CHECKING:
+    from attnreg.capabilities import Capabilities
+    from attnreg.registry import Registry
 
 
 class _View(MutableMapping[str, Callable[..., Any]]):
@@ -27,7 +29,7 @@ class _View(MutableMapping[str, Callable[..., Any]]):
     registry: ClassVar[Registry] = default_registry
 
     def __init__(self) -> None:
-        self._own: dict[str, Callable[..., Any] | Backend] = {}
+        self._own: dict[str, Any] = {}
         self.resolved: dict[str, Callable[..., Any]] = {}
         self.registry.subscribe(self)
 
@@ -113,8 +115,7 @@ class AttentionMaskInterface(_View):
         self.forget(name)
 
     def _look_up(self, name: str) -> Callable[..., Any]:
-        own = self._own.get(name)
-        return own if own is not None else self.registry.get(name).mask
+        return self._own[name] if name in self._own else self.registry.get(name).mask
 
 
 class AttentionInterface(_View):

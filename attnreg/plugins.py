@@ -39,9 +39,7 @@ if TYPE_CHECKING:
 hookspec = pluggy.HookspecMarker("attnreg")
 hookimpl = pluggy.HookimplMarker("attnreg")
 
-BUILTINS: Final = tuple(
-    Candidate(name, f"attnreg.builtin.{name}", "", "") for name in ("eager", "sdpa")
-)
+BUILTINS: Final = tuple(Candidate(name, f"attnreg.builtin.{name}", "", "") for name in ("eager", "sdpa"))
 """Built-in backends take the same road as any plugin, but need no entry point, and nobody can shadow them."""
 
 
@@ -119,9 +117,8 @@ class PluginFinder:
         module = None
         try:
             module = importlib.import_module(candidate.target)
-            if self._hooks.register(module, name=candidate.target) and not self._hooks.get_hookcallers(module):
-                raise PluginContractError(*_culprit(candidate), "it has no hook attnreg_register")
-            return [self._checked(candidate, backend) for backend in self._registrar.staged]
+            self._hooks.register(module, name=candidate.target)
+            return self._checked(candidate, module)
         except AttnregError:
             raise
         except ModuleNotFoundError as error:
@@ -136,15 +133,27 @@ class PluginFinder:
             raise PluginImportError(*_culprit(candidate), error) from error
         finally:
             self._registrar.staged = collected
+            # pluggy keeps a plugin listed whose historic hook raised.
             if module is not None and self._hooks.is_registered(module):
                 self._hooks.unregister(module)
 
-    def _checked(self, candidate: Candidate, backend: Backend) -> Backend:
-        backend = check_record(backend, candidate.provider.strip() or candidate.target)
-        if candidate.distribution and not self._offers(candidate, backend.name):
-            problem = f"it registers {backend.name!r}, but no entry point of its distribution has that name"
+    def _checked(self, candidate: Candidate, module: object) -> list[Backend]:
+        """Hold what the hook registered against the contract and against the names that the entry points promise."""
+        if not self._hooks.get_hookcallers(module):
+            raise PluginContractError(*_culprit(candidate), "it has no hook attnreg_register")
+        provider = candidate.provider.strip() or candidate.target
+        backends = [check_record(backend, provider) for backend in self._registrar.staged]
+        registered = [backend.name for backend in backends]
+        if candidate.name not in registered:
+            problem = (
+                f"its entry point promises {candidate.name!r}, but it registers {', '.join(registered) or 'nothing'}"
+            )
             raise PluginContractError(*_culprit(candidate), problem)
-        return replace(backend, origin=_origin(candidate))
+        for name in registered:
+            if candidate.distribution and not self._offers(candidate, name):
+                problem = f"it registers {name!r}, but no entry point of its distribution has that name"
+                raise PluginContractError(*_culprit(candidate), problem)
+        return [replace(backend, origin=_origin(candidate)) for backend in backends]
 
     def _offers(self, candidate: Candidate, name: str) -> bool:
         return any(

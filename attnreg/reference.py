@@ -91,7 +91,14 @@ def attention(
         scores = scores + position_bias.double()
 
     allowed = dense(
-        mask_function or bidirectional(), batch, q_length, kv_length, q_offset, kv_offset, heads=heads, device=query.device
+        mask_function or bidirectional(),
+        batch,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        heads=heads,
+        device=query.device,
     )
     if is_causal:
         allowed = allowed & dense(causal(), batch, q_length, kv_length, q_offset, kv_offset, device=query.device)

@@ -29,6 +29,7 @@ from attnreg.names import check_base, parse
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+
 class Listener(Protocol):
     """Something that keeps what it looked up and must forget it when it changes."""
 
@@ -180,8 +181,8 @@ class Registry:
         if halves is None:
             return None
         beneath = None if halves.attention and halves.mask else self._from_finder(name)
-        attention = halves.attention or (beneath and beneath.attention)
-        mask = halves.mask or (beneath and beneath.mask)
+        attention = halves.attention or (beneath.attention if beneath else None)
+        mask = halves.mask or (beneath.mask if beneath else None)
         if attention is None or mask is None:
             raise _missing_half(name, halves)
         supports = halves.supports if halves.attention or not beneath else beneath.supports

@@ -41,7 +41,7 @@ def check_mask(mask: Any, query: torch.Tensor, key: torch.Tensor, what: str = "t
         raise InvalidMaskError(what, f"of dtype {mask.dtype} and shape {tuple(shape)}", wanted)
 
 
-def causality(module: Any, is_causal: bool | None) -> bool:
+def causality(module: Any, is_causal: bool | None) -> bool:  # noqa: FBT001 - as the contract passes it
     """Return the flag that counts: the keyword, else the calling module's, else causal, as in transformers."""
     return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
@@ -56,12 +56,13 @@ def mask_of_flags(
     """
     if sliding_window is not None and sliding_window < 1:
         raise InvalidInputError("sliding_window", str(sliding_window), "1 or more keys, the query's own included")
-    windowed = sliding_window is not None and sliding_window < max(q_length, kv_length)
+    window = max(q_length, kv_length) if sliding_window is None else sliding_window
+    windowed = window < max(q_length, kv_length)
     if not windowed and (not is_causal or q_length == 1):
         return None
     q_idx = torch.arange(kv_length - q_length, kv_length, device=device)[:, None]
     distance = q_idx - torch.arange(kv_length, device=device)
     allowed = distance >= 0 if is_causal else torch.ones_like(distance, dtype=torch.bool)
     if windowed:
-        allowed = allowed & (distance.abs() < sliding_window)
+        allowed = allowed & (distance.abs() < window)
     return allowed[None, None]

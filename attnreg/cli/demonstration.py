@@ -38,7 +38,13 @@ def run(*, model: str | None, device: str, dtype: str, repeats: int, as_json: bo
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from attnreg.cli.embedding import Embedder, similar_pairs
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=progress_console, transient=True, disable=as_json) as progress:
         task = progress.add_task("loading the model", total=None)
         with warnings.catch_warnings():

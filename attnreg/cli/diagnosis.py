@@ -8,15 +8,18 @@ import platform
 import signal
 import subprocess
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import track
 
 from attnreg import __version__
 from attnreg.cli.output import console, print_json, print_table, progress_console
 from attnreg.default import default_registry
-from attnreg.discovery import Fault, scan, version
-from attnreg.finder import Row
+from attnreg.discovery import scan, version
+
+if TYPE_CHECKING:
+    from attnreg.discovery import Fault
+    from attnreg.finder import Row
 
 _BAD = frozenset({"broken", "crashed", "hangs", "wrong", "duplicate"})
 

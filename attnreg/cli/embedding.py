@@ -135,14 +135,18 @@ class Embedder:
         self._select(bind(replace(backend, attention=spy)))
         self._embed()
         if not seen:
-            raise BridgeError("transformers", f"{type(self.model).__name__} chose its own attention", "Name another model.")
+            raise BridgeError(
+                "transformers", f"{type(self.model).__name__} chose its own attention", "Name another model."
+            )
         return seen[0]
 
     def _select(self, implementation: str) -> None:
         self.model.set_attn_implementation(implementation)
         if self.model.config._attn_implementation != implementation:  # noqa: SLF001 - there is no public way to read it
             raise BridgeError(
-                "transformers", f"{type(self.model).__name__} does not let its attention be chosen", "Name another model."
+                "transformers",
+                f"{type(self.model).__name__} does not let its attention be chosen",
+                "Name another model.",
             )
 
     def _embed(self) -> torch.Tensor:

@@ -36,7 +36,12 @@ def probe(name: str) -> dict[str, Any]:
     except AttnregError as error:
         return {**row, "status": "refused", "problem": str(error)}
     except Exception as error:  # noqa: BLE001 - whatever a kernel raises belongs into its row
-        return {**row, "status": "broken", "problem": f"{type(error).__name__}: {error}", "traceback": _traceback(error)}
+        return {
+            **row,
+            "status": "broken",
+            "problem": f"{type(error).__name__}: {error}",
+            "traceback": _traceback(error),
+        }
     if not row["deviation"] <= TOLERANCE:
         row |= {"status": "wrong", "problem": f"deviates from the oracle by {row['deviation']:.2g}"}
     return row
@@ -50,9 +55,7 @@ def _deviation(backend: Any) -> float:
 
     generator = torch.Generator().manual_seed(0)
     heads = (4, 2) if backend.supports.grouped_query else (4, 4)
-    query, key, value = (
-        torch.randn(2, count, 16, 64, generator=generator) for count in (heads[0], heads[1], heads[1])
-    )
+    query, key, value = (torch.randn(2, count, 16, 64, generator=generator) for count in (heads[0], heads[1], heads[1]))
     real = torch.ones(2, 16, dtype=torch.bool)
     real[0, :5] = False
     mask = backend.mask(

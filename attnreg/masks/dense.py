@@ -57,7 +57,7 @@ def dense(
     if mask.dtype != torch.bool or mask.dim() > _RANK:
         got = f"of dtype {mask.dtype} and shape {tuple(mask.shape)}"
         raise InvalidMaskError("a mask function's result", got, "a bool tensor that broadcasts over the indices")
-    return _collapsed(mask, batch_size, heads, q_length, kv_length)
+    return _collapsed(mask, heads, q_length, kv_length)
 
 
 def _broadcast(mask_function: MaskFunction, indices: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -80,9 +80,7 @@ def _vmapped(mask_function: MaskFunction, indices: tuple[torch.Tensor, ...]) -> 
         return function(*indices)
 
 
-def _collapsed(
-    mask: torch.Tensor, batch_size: int, heads: int | None, q_length: int, kv_length: int
-) -> torch.Tensor:
+def _collapsed(mask: torch.Tensor, heads: int | None, q_length: int, kv_length: int) -> torch.Tensor:
     """Bring it to four axes, with 1 for the batch and head axes that every element is equal along."""
     mask = mask.reshape((1,) * (_RANK - mask.dim()) + tuple(mask.shape))
     for axis in (0, 1):

@@ -64,8 +64,15 @@ def sdpa_mask(
     if attention_mask is not None:
         q_end = None if isinstance(q_offset, torch.Tensor) else q_offset + q_length
         keys = visible_keys(attention_mask, batch_size, q_end, kv_length, kv_offset)
-    if _flags_suffice(mask_function, q_length, kv_length, q_offset, kv_offset, causal=allow_is_causal_skip,
-                      bidirectional=allow_is_bidirectional_skip) and is_all_real(keys):
+    if _flags_suffice(
+        mask_function,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        causal=allow_is_causal_skip,
+        bidirectional=allow_is_bidirectional_skip,
+    ) and is_all_real(keys):
         return None
     mask = dense(
         mask_function,
@@ -121,9 +128,7 @@ def eager_mask(
     if not dtype.is_floating_point:
         raise InvalidInputError("the dtype of an additive mask", str(dtype), "the query's floating dtype")
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    allowed = sdpa_mask(
-        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
-    )
+    allowed = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
     assert allowed is not None  # noqa: S101 - no skip is allowed above
     distinct = allowed[:1] if allowed.stride(0) == 0 else allowed
     mask = torch.zeros(distinct.shape, dtype=dtype, device=distinct.device)
@@ -159,9 +164,7 @@ def _check_callable(mask_function: object) -> None:
         raise InvalidMaskError("mask_function", repr(mask_function), wanted)
 
 
-def _check_sizes(
-    batch_size: int, q_length: int, kv_length: int, q_offset: int | torch.Tensor, kv_offset: int
-) -> None:
+def _check_sizes(batch_size: int, q_length: int, kv_length: int, q_offset: int | torch.Tensor, kv_offset: int) -> None:
     sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "kv_offset": kv_offset}
     if not isinstance(q_offset, torch.Tensor):
         sizes["q_offset"] = q_offset

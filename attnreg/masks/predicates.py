@@ -17,7 +17,7 @@ class Causal:
     """A query attends to the keys at its own position and before."""
 
     def __call__(
-        self, batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
+        self, _batch_idx: torch.Tensor, _head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
     ) -> torch.Tensor:
         return kv_idx <= q_idx
 
@@ -27,9 +27,9 @@ class Bidirectional:
     """Every query attends to every key."""
 
     def __call__(
-        self, batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
+        self, _batch_idx: torch.Tensor, _head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
     ) -> torch.Tensor:
-        return (q_idx >= 0) | (kv_idx >= 0) | True
+        return torch.ones_like(q_idx + kv_idx, dtype=torch.bool)
 
 
 def causal() -> Causal:
