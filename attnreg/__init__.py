@@ -45,7 +45,7 @@ from attnreg.selection import Explanation, explain, get, names, resolve, use
 
 if TYPE_CHECKING:
     from attnreg import masks, reference
-    from attnreg.plugins import hookimpl
+    from attnreg.plugins import Registrar, hookimpl
 
 __version__: Final = "0.1.0"
 
@@ -80,6 +80,7 @@ __all__ = [
     "PluginError",
     "PluginImportError",
     "Reason",
+    "Registrar",
     "RegistrationError",
     "Registry",
     "Request",
@@ -97,7 +98,12 @@ __all__ = [
     "use",
 ]
 
-_LATER: Final = {"hookimpl": "attnreg.plugins", "masks": "attnreg.masks", "reference": "attnreg.reference"}
+_LATER: Final = {
+    "Registrar": "attnreg.plugins",
+    "hookimpl": "attnreg.plugins",
+    "masks": "attnreg.masks",
+    "reference": "attnreg.reference",
+}
 """Names that need torch or pluggy: imported when they are first asked for."""
 
 

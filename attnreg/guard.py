@@ -101,10 +101,10 @@ _CHECKS: Final[tuple[tuple[Callable[[Capabilities], bool], Check], ...]] = (
     (lambda can: not can.value_head_dim, lambda _, query, __, value: query.shape[3] != value.shape[3]),
     (lambda can: can.max_head_dim is not None, lambda can, query, *_: query.shape[3] > can.max_head_dim),
     (lambda can: can.head_dim_multiple != 1, lambda can, query, *_: query.shape[3] % can.head_dim_multiple != 0),
-    (lambda can: can.devices is not None, lambda can, query, *_: query.device.type not in can.devices),
+    (lambda can: can.devices is not None, lambda can, query, *_: query.device.type not in (can.devices or ())),
     (
         lambda can: can.dtypes is not None,
-        lambda can, query, *_: str(query.dtype).removeprefix("torch.") not in can.dtypes,
+        lambda can, query, *_: str(query.dtype).removeprefix("torch.") not in (can.dtypes or ()),
     ),
     (lambda can: not can.backward, lambda _, *tensors: _wants_gradients(*tensors)),
 )

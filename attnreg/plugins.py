@@ -22,11 +22,13 @@ import pluggy
 from attnreg.backend import Backend, Origin
 from attnreg.discovery import Candidate, Discovery, normalized, scan
 from attnreg.errors import (
+    ApiMismatchError,
     AttnregError,
     DuplicateBackendError,
     NameTakenError,
     PluginContractError,
     PluginDependencyError,
+    PluginError,
     PluginImportError,
 )
 from attnreg.finder import Row
@@ -119,8 +121,10 @@ class PluginFinder:
             module = importlib.import_module(candidate.target)
             self._hooks.register(module, name=candidate.target)
             return self._checked(candidate, module)
-        except AttnregError:
+        except (PluginError, ApiMismatchError):
             raise
+        except AttnregError as error:
+            raise PluginContractError(*_culprit(candidate), f"its backend is refused: {error}") from error
         except ModuleNotFoundError as error:
             if error.name is None or candidate.target.split(".")[0] == error.name.split(".")[0]:
                 raise PluginImportError(*_culprit(candidate), error) from error

@@ -54,11 +54,11 @@ def attention(
 
     Args:
         query: `(batch, query_heads, query_length, head_dim)`.
-        key: `(batch, kv_heads, kv_length, head_dim)`; query head h reads key/value head `h // (query_heads // kv_heads)`.
+        key: `(batch, kv_heads, kv_length, head_dim)`; query head h reads head `h // (query_heads // kv_heads)`.
         value: `(batch, kv_heads, kv_length, value_head_dim)`.
         mask_function: predicate on absolute positions; None allows everything.
-        attention_mask: padding `(batch, kv_offset + kv_length)`, or a 4D mask that broadcasts over the scores: bool with
-            True = attend, or floating and added to them.
+        attention_mask: padding `(batch, kv_offset + kv_length)`, or a 4D mask that broadcasts over the scores: bool
+            with True = attend, or floating and added to them.
         is_causal: also require key position ≤ query position.
         sliding_window: W ≥ 1; with causality also require query - W < key, without it |query - key| < W.
         scaling: factor of the scores; `1 / sqrt(head_dim)` by default.

@@ -85,8 +85,8 @@ def bundled_model() -> str:
 def _print(embedder: Embedder, results: list[Result], pairs: list[tuple[float, int, int]]) -> None:
     facts = embedder.facts()
     console.print(
-        f"{facts['class']} on {facts['device']} in {facts['dtype']}: {facts['sentences']} sentences of {facts['tokens']} "
-        f"tokens, {facts['padding']:.0%} of them padding",
+        f"{facts['class']} on {facts['device']} in {facts['dtype']}: {facts['sentences']} sentences, padded "
+        f"to {facts['tokens']} tokens, {facts['padding']:.0%} of them padding",
         soft_wrap=True,
         markup=False,
         highlight=False,

@@ -6,7 +6,7 @@ from attnreg_loopback import SUPPORTS, attention
 
 import attnreg
 from attnreg import reference
-from attnreg.masks import bidirectional, causal, eager_mask
+from attnreg.masks import MaskFunction, bidirectional, causal, eager_mask
 
 
 def backend() -> attnreg.Backend:
@@ -35,7 +35,7 @@ def test_code_fits_on_a_page() -> None:
 
 @pytest.mark.parametrize("predicate", [causal(), bidirectional()], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("padding", ["none", "left", "right", "a whole row"])
-def test_matches_the_oracle(predicate: object, padding: str) -> None:
+def test_matches_the_oracle(predicate: MaskFunction, padding: str) -> None:
     """Causal or not, padded on either side or altogether: the result is the oracle's."""
     query, key, value = torch.randn(3, 2, 4, 9, 16, generator=torch.Generator().manual_seed(0))
     real = torch.ones(2, 9, dtype=torch.bool)

@@ -8,7 +8,7 @@ SUPPORTS = attnreg.Capabilities(devices=frozenset({"cpu", "cuda"}))
 
 
 def attention(
-    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *, scaling: float | None = None, **_: Any
+    _module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *, scaling: float | None = None, **_: Any
 ) -> tuple[Any, Any]:
     """Softmax of the masked scores, times the values; the mask is always there, so no flag counts."""
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling) + attention_mask
@@ -17,7 +17,7 @@ def attention(
 
 
 @attnreg.hookimpl
-def attnreg_register(registry: attnreg.Registry) -> None:
+def attnreg_register(registry: attnreg.Registrar) -> None:
     """Add the backend; what is heavy is imported here, not above."""
     from attnreg.masks import eager_mask
 
