@@ -60,9 +60,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'sdpa'?"` for the nearest of *known*, or nothing."""
     import difflib
 
-    by_lower = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
-    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
+    plain = {_plain(candidate): candidate for candidate in known}
+    close = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.55)
+    return f"; did you mean {plain[close[0]]!r}?" if close else ""
+
+
+def _plain(name: str) -> str:
+    """Leave out what people spell differently: case and separators."""
+    return "".join(character for character in name.lower() if character.isalnum())
 
 
 def _listed(names: Iterable[str]) -> str:

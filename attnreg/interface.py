@@ -33,6 +33,10 @@ class _View(MutableMapping[str, Callable[..., Any]]):
         self.resolved: dict[str, Callable[..., Any]] = {}
         self.registry.subscribe(self)
 
+    # An interface is itself and nothing else: comparing contents would load every plugin.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
     def __getitem__(self, name: str) -> Callable[..., Any]:
         try:
             return self.resolved[name]

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from attnreg import Backend, Capabilities, hookimpl
-from attnreg.builtin.inputs import causality, check_inputs, check_mask, mask_of_flags
+from attnreg.builtin.inputs import causality, check_bias, check_inputs, check_mask, mask_of_flags
 from attnreg.errors import InvalidInputError
 from attnreg.masks import eager_mask
 
@@ -59,7 +59,7 @@ def eager_attention(
             raise InvalidInputError("softcap", str(softcap), "a positive number, or None for no cap")
         scores = softcap * torch.tanh(scores / softcap)
     if position_bias is not None:
-        check_mask(position_bias, query, key, "the position bias")
+        check_bias(position_bias, query, key)
         scores = scores + position_bias
     if attention_mask is None:
         causal = causality(module, is_causal)

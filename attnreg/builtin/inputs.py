@@ -28,17 +28,32 @@ def check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
     )
 
 
-def check_mask(mask: Any, query: torch.Tensor, key: torch.Tensor, what: str = "the mask") -> None:
+def check_mask(mask: Any, query: torch.Tensor, key: torch.Tensor) -> None:
     """Raise `InvalidMaskError` unless *mask* is bool or floating and broadcasts over the scores, axis by axis."""
+    if isinstance(mask, torch.Tensor) and (mask.dtype == torch.bool or mask.is_floating_point()):
+        if _broadcasts(mask, query, key):
+            return
+    raise _misfit("the mask", mask, "a bool (True = attend) or floating (added to the scores) tensor", query, key)
+
+
+def check_bias(bias: Any, query: torch.Tensor, key: torch.Tensor) -> None:
+    """Raise `InvalidMaskError` unless *bias* is floating and broadcasts over the scores, axis by axis."""
+    if not (isinstance(bias, torch.Tensor) and bias.is_floating_point() and _broadcasts(bias, query, key)):
+        raise _misfit("the position bias", bias, "a floating tensor", query, key)
+
+
+def _broadcasts(tensor: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
+    shape, q = tensor.shape, query.shape
+    return len(shape) == 4 and all(  # noqa: PLR2004 - batch, heads, queries, keys
+        got in (1, size) for got, size in zip(shape, (q[0], q[1], q[2], key.shape[2]), strict=True)
+    )
+
+
+def _misfit(what: str, got: Any, wanted: str, query: torch.Tensor, key: torch.Tensor) -> InvalidMaskError:
     sizes = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    wanted = f"a bool (True = attend) or floating (added to the scores) tensor that broadcasts to {sizes}"
-    if not isinstance(mask, torch.Tensor):
-        raise InvalidMaskError(what, f"a {type(mask).__name__}", wanted)
-    shape = mask.shape
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise InvalidMaskError(what, f"of dtype {mask.dtype} and shape {tuple(shape)}", wanted)
-    if len(shape) != 4 or any(got not in (1, size) for got, size in zip(shape, sizes, strict=True)):  # noqa: PLR2004
-        raise InvalidMaskError(what, f"of dtype {mask.dtype} and shape {tuple(shape)}", wanted)
+    tensor = isinstance(got, torch.Tensor)
+    is_ = f"of dtype {got.dtype} and shape {tuple(got.shape)}" if tensor else f"a {type(got).__name__}"
+    return InvalidMaskError(what, is_, f"{wanted} that broadcasts to {sizes}")
 
 
 def causality(module: Any, is_causal: bool | None) -> bool:  # noqa: FBT001 - as the contract passes it

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from attnreg import Backend, Capabilities, hookimpl
-from attnreg.builtin.inputs import causality, check_inputs, check_mask, mask_of_flags
+from attnreg.builtin.inputs import causality, check_bias, check_inputs, check_mask, mask_of_flags
 from attnreg.masks import sdpa_mask
 
 SUPPORTS = Capabilities(value_head_dim=True, grouped_query=True, position_bias=True, dropout=True, priority=50)
@@ -52,7 +52,7 @@ def sdpa_attention(
             lengths = query.shape[2], key.shape[2]
             attention_mask = mask_of_flags(*lengths, is_causal=True, sliding_window=None, device=query.device)
     if position_bias is not None:
-        check_mask(position_bias, query, key, "the position bias")
+        check_bias(position_bias, query, key)
         attention_mask = _with_bias(attention_mask, position_bias.to(query.dtype))
     output = functional.scaled_dot_product_attention(
         query,

@@ -1,0 +1,148 @@
+"""The reason engine: what is asked against what is declared."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnreg import Capabilities, InvalidInputError, Request
+from attnreg.capabilities import FEATURES, STRUCTURES, reasons, reluctance
+
+EVERYTHING = Capabilities(
+    value_head_dim=True,
+    grouped_query=True,
+    lossy=True,
+    **{feature: True for feature in FEATURES},
+)
+
+TABLE = [
+    (
+        Capabilities(devices={"cuda"}),
+        Request(device="cpu"),
+        "device: wants cpu; supported: cuda. Move the tensors, or choose another backend.",
+    ),
+    (
+        Capabilities(dtypes={"float16", "bfloat16"}),
+        Request(dtype="float32"),
+        "dtype: wants float32; supported: bfloat16, float16. Cast the inputs, or choose another backend.",
+    ),
+    (
+        Capabilities(max_head_dim=128),
+        Request(head_dim=256),
+        "head_dim: wants 256; supported: up to 128. Choose another backend.",
+    ),
+    (
+        Capabilities(head_dim_multiple=8),
+        Request(head_dim=20),
+        "head_dim: wants 20; supported: multiples of 8. Choose another backend.",
+    ),
+    (
+        Capabilities(),
+        Request(head_dim=16, value_head_dim=32),
+        "value_head_dim: wants 32 for value beside 16 for query; supported: equal head dimensions. Choose a backend "
+        "with value_head_dim, such as sdpa.",
+    ),
+    (
+        Capabilities(),
+        Request(query_heads=8, kv_heads=2),
+        "grouped_query: wants 8 query heads on 2 key/value heads; supported: equal numbers of heads. Choose a backend "
+        "with grouped_query, such as sdpa.",
+    ),
+    (
+        Capabilities(structures={"causal", "padding"}),
+        Request(structures={"causal", "blocks"}),
+        "mask: wants blocks; supported: causal, padding. Choose another backend.",
+    ),
+    (
+        Capabilities(),
+        Request(softcap=True),
+        "softcap: wants softcap; supported: not declared. Choose a backend with softcap, such as eager. If it can: "
+        "declare Capabilities(softcap=True).",
+    ),
+    (
+        Capabilities(backward=False),
+        Request(backward=True),
+        "backward: wants gradients; supported: not declared. Run it under torch.no_grad(), or choose a backend with a "
+        "backward pass. If it can: declare Capabilities(backward=True).",
+    ),
+]
+
+
+@pytest.mark.parametrize(("supports", "request_", "text"), TABLE, ids=[text.partition(":")[0] for *_, text in TABLE])
+def test_reason(supports: Capabilities, request_: Request, text: str) -> None:
+    """Each limit gives one reason, word for word."""
+    assert [str(reason) for reason in reasons(supports, request_)] == [text]
+
+
+@pytest.mark.parametrize("feature", sorted(FEATURES))
+def test_each_feature_is_refused_unless_declared(feature: str) -> None:
+    """Not declared is refused, declared is not: for every feature alike."""
+    request = Request(**{feature: True})
+    supports = Capabilities(backward=False)
+    assert [reason.code for reason in reasons(supports, request)] == [feature]
+    assert reasons(replace(supports, **{feature: True}), request) == []
+
+
+def test_reasons_add_up() -> None:
+    """Every obstacle is named, not only the first."""
+    request = Request(device="cpu", dtype="float64", softcap=True, sinks=True)
+    codes = [reason.code for reason in reasons(Capabilities(devices={"cuda"}, dtypes={"float16"}), request)]
+    assert codes == ["device", "dtype", "softcap", "sinks"]
+
+
+def test_request_covers_what_can_be_declared() -> None:
+    """A capability that no request can ask for would be decoration."""
+    declared = {field.name for field in fields(Capabilities)} - {"devices", "dtypes", "priority", "lossy"}
+    asked = {field.name for field in fields(Request)} | {"max_head_dim", "head_dim_multiple", "grouped_query"}
+    assert declared - asked == set()
+
+
+@given(st.fixed_dictionaries({feature: st.booleans() for feature in FEATURES}))
+def test_who_can_do_everything_is_never_refused(needs: dict[str, bool]) -> None:
+    """No request, however demanding, gives a reason against a backend that declares all of it."""
+    assert reasons(EVERYTHING, Request(structures=STRUCTURES, query_heads=8, kv_heads=2, **needs)) == []
+
+
+def test_lossy_is_reluctance_and_no_reason() -> None:
+    """A quantised backend runs when it is named; automatic choice leaves it out unless allowed."""
+    assert reasons(EVERYTHING, Request()) == []
+    assert [str(reason) for reason in reluctance(EVERYTHING, Request())] == [
+        "lossy: wants the accuracy of the dtype; supported: a quantised kernel. Name it, or pass "
+        "Request(allow_lossy=True)."
+    ]
+    assert reluctance(EVERYTHING, Request(allow_lossy=True)) == []
+
+
+def test_request_of_tensors() -> None:
+    """Tensors say what they need themselves."""
+    query, key, value = torch.empty(1, 8, 3, 16), torch.empty(1, 2, 5, 16), torch.empty(1, 2, 5, 24)
+    assert Request.of(query, key, value, softcap=True) == Request(
+        device="cpu", dtype="float32", head_dim=16, value_head_dim=24, query_heads=8, kv_heads=2, softcap=True
+    )
+
+
+def test_torch_spellings() -> None:
+    """torch's own devices and dtypes are taken beside their names."""
+    assert Request(device=torch.device("cuda:1"), dtype=torch.float16) == Request(device="cuda", dtype="float16")
+    assert Capabilities(dtypes=[torch.float16]) == Capabilities(dtypes={"float16"})
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: Capabilities(devices="cuda"), "devices is the string 'cuda'; wanted: a set of names, such as {'cuda'}."),
+        (
+            lambda: Request(structures={"casual"}),
+            f"structures is casual; wanted: some of {', '.join(sorted(STRUCTURES))}.",
+        ),
+    ],
+)
+def test_bad_declarations(make, text: str) -> None:
+    """A string in place of a set, or a structure that does not exist, is an error and not an odd result."""
+    with pytest.raises(InvalidInputError) as caught:
+        make()
+    assert str(caught.value) == text

@@ -1,0 +1,146 @@
+"""The guard: what a backend does not declare never reaches its function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from doubles import attention
+
+from attnreg import Capabilities, UnsupportedError
+from attnreg.guard import KEYWORDS, guard
+
+VALUES = {
+    "dropout": 0.1,
+    "sliding_window": 2,
+    "softcap": 30.0,
+    "s_aux": torch.zeros(4),
+    "position_bias": torch.zeros(1, 1, 3, 5),
+    "cu_seq_lens_q": torch.tensor([0, 3]),
+    "cu_seq_lens_k": torch.tensor([0, 5]),
+    "cache": object(),
+    "block_table": torch.zeros(1, 1),
+    "return_lse": True,
+    "output_attentions": True,
+}
+"""A value that changes the result, for every keyword with semantics."""
+
+NEUTRAL = {
+    "dropout": (0, 0.0, None),
+    "softcap": (0.0, None),
+    "sliding_window": (None, 5, 4096),
+    "output_attentions": (False, None),
+    "return_lse": (False, None),
+}
+
+
+def tensors(kv_heads: int = 4, value_dim: int = 8, **options: object) -> tuple[torch.Tensor, ...]:
+    """Make a query of 3 and keys of 5 positions, 4 heads, head dimension 8."""
+    return (
+        torch.zeros(1, 4, 3, 8, **options),
+        torch.zeros(1, kv_heads, 5, 8, **options),
+        torch.zeros(1, kv_heads, 5, value_dim, **options),
+    )
+
+
+class Spy:
+    """Counts its calls, so that "before any compute" can be seen."""
+
+    __qualname__ = "Spy"
+
+    def __init__(self) -> None:
+        self.calls: list[dict] = []
+
+    def __call__(self, module, query, key, value, attention_mask, **kwargs):
+        self.calls.append(kwargs)
+        return attention(module, query, key, value, attention_mask)
+
+
+def test_values_cover_the_table() -> None:
+    """The table above has a value for every keyword that carries semantics."""
+    assert VALUES.keys() == KEYWORDS.keys()
+
+
+@pytest.mark.parametrize("keyword", sorted(KEYWORDS))
+def test_undeclared_keyword_is_refused_before_any_compute(keyword: str) -> None:
+    """A keyword that changes the result is refused with its reason, and the function is never called."""
+    spy = Spy()
+    with pytest.raises(UnsupportedError) as caught:
+        guard("mine", spy, Capabilities())(None, *tensors(), None, **{keyword: VALUES[keyword]})
+    assert [reason.code for reason in caught.value.reasons] == [KEYWORDS[keyword]]
+    assert caught.value.name == "mine"
+    assert spy.calls == []
+
+
+@pytest.mark.parametrize("keyword", sorted(KEYWORDS))
+def test_declared_keyword_passes(keyword: str) -> None:
+    """Declared, the same keyword arrives as it was given."""
+    spy = Spy()
+    guard("mine", spy, Capabilities(**{KEYWORDS[keyword]: True}))(None, *tensors(), None, **{keyword: VALUES[keyword]})
+    assert spy.calls == [{keyword: VALUES[keyword]}]
+
+
+@pytest.mark.parametrize(("keyword", "value"), [(key, value) for key, values in NEUTRAL.items() for value in values])
+def test_neutral_values_pass(keyword: str, value: object) -> None:
+    """What changes nothing is not refused: no dropout, no cap, a window wider than the keys."""
+    spy = Spy()
+    guard("mine", spy, Capabilities())(None, *tensors(), None, **{keyword: value})
+    assert spy.calls == [{keyword: value}]
+
+
+def test_unknown_keywords_pass() -> None:
+    """Models pass much that carries no semantics for attention."""
+    spy = Spy()
+    guard("mine", spy, Capabilities())(None, *tensors(), None, use_cache=True, position_ids=1, my_own=object())
+    assert len(spy.calls) == 1
+
+
+@pytest.mark.parametrize("keyword", ["sliding_window", "cu_seq_lens_q", "cu_seq_lens_k"])
+def test_a_mask_is_complete(keyword: str) -> None:
+    """With a mask at hand, the window and the packing are in it, and their keywords only repeat it."""
+    spy = Spy()
+    guard("mine", spy, Capabilities())(None, *tensors(), torch.ones(1, 1, 3, 5), **{keyword: VALUES[keyword]})
+    assert len(spy.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("supports", "call", "code"),
+    [
+        ({"devices": {"cuda"}}, {}, "device"),
+        ({"dtypes": {"float16"}}, {}, "dtype"),
+        ({"max_head_dim": 4}, {}, "head_dim"),
+        ({"head_dim_multiple": 16}, {}, "head_dim"),
+        ({}, {"kv_heads": 2}, "grouped_query"),
+        ({}, {"value_dim": 16}, "value_head_dim"),
+        ({"backward": False}, {"requires_grad": True}, "backward"),
+    ],
+)
+def test_limits(supports: dict, call: dict, code: str) -> None:
+    """Each declared limit refuses a call beyond it, and none other."""
+    spy = Spy()
+    with pytest.raises(UnsupportedError) as caught:
+        guard("mine", spy, Capabilities(**supports))(None, *tensors(**call), None)
+    assert [reason.code for reason in caught.value.reasons] == [code]
+    assert spy.calls == []
+    everything = Capabilities(grouped_query=True, value_head_dim=True)
+    guard("mine", spy, everything)(None, *tensors(**call), None)
+    assert len(spy.calls) == 1
+
+
+def test_inference_only_runs_without_gradients() -> None:
+    """A kernel without backward is refused only where gradients are wanted."""
+    inputs = tensors(requires_grad=True)
+    with torch.no_grad():
+        guard("mine", Spy(), Capabilities(backward=False))(None, *inputs, None)
+
+
+def test_nothing_to_refuse_means_no_wrapper() -> None:
+    """A backend that can do everything is called without anything in between."""
+    features = dict.fromkeys(KEYWORDS.values(), True)
+    assert guard("mine", attention, Capabilities(grouped_query=True, value_head_dim=True, **features)) is attention
+
+
+def test_wraps() -> None:
+    """The guarded function keeps the name of the function, which is its `__wrapped__`."""
+    guarded = guard("mine", attention, Capabilities())
+    assert guarded.__name__ == "attention"
+    assert guarded.__wrapped__ is attention

@@ -1,0 +1,192 @@
+"""The two mappings: over one registry, with overrides for one instance."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+from doubles import attention, formatter
+
+import attnreg
+from attnreg import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Backend,
+    Capabilities,
+    InvalidBackendError,
+    MissingMaskFormatterError,
+    NameTakenError,
+    UnknownBackendError,
+    UnsupportedError,
+)
+
+
+def test_the_users_two_steps() -> None:
+    """`register` on both interfaces, in the form that transformers' users know."""
+    AttentionInterface.register("mine", attention)
+    with pytest.raises(MissingMaskFormatterError):
+        AttentionInterface()["mine"]
+    AttentionMaskInterface.register("mine", formatter)
+    assert AttentionInterface()["mine"].__wrapped__ is attention
+    assert AttentionMaskInterface()["mine"] is formatter
+    assert attnreg.get("mine").attention is attention
+
+
+def test_seed_form_with_open_arguments() -> None:
+    """A wrapper of `*args, **kwargs` around another function is as good as any."""
+    calls = []
+
+    def my_new_sdpa(*args, **kwargs):
+        calls.append(len(args))
+        return attention(*args, **kwargs)
+
+    AttentionInterface.register("my_new_sdpa", my_new_sdpa)
+    AttentionMaskInterface.register("my_new_sdpa", attnreg.masks.sdpa_mask)
+    import torch
+
+    query = torch.zeros(1, 2, 3, 4)
+    AttentionInterface()["my_new_sdpa"](None, query, query, query, None, scaling=1.0, a_new_kwargs="passes")
+    assert calls == [5]
+
+
+def test_is_a_mapping() -> None:
+    """Length, iteration, membership and `valid_keys` agree, and loading nothing is enough for them."""
+    interface = AttentionInterface()
+    assert {"eager", "sdpa"} <= set(interface)
+    assert list(interface) == interface.valid_keys() == sorted(interface.keys())
+    assert len(interface) == len(interface.valid_keys())
+    assert "sdpa" in interface
+    assert "spda" not in interface
+    assert repr(interface).startswith("<AttentionInterface: eager, ")
+    assert interface["sdpa"] is interface.resolved["sdpa"]
+
+
+def test_get_interface() -> None:
+    """None is the default; a name that nobody provides is an error, where `get` gives its default."""
+    interface = AttentionInterface()
+    assert interface.get_interface(None, attention) is attention
+    assert interface.get_interface("sdpa", attention) is interface["sdpa"]
+    assert interface.get_interface("eager", attention) is interface["eager"], "eager is a backend, and not the default"
+    assert interface.get("spda", attention) is attention
+    with pytest.raises(UnknownBackendError, match="did you mean 'sdpa'"):
+        interface.get_interface("spda", attention)
+    with pytest.raises(UnknownBackendError):
+        interface.get_interface("paged|typo", attention)
+
+
+def test_half_registered_names_are_no_members() -> None:
+    """A name that refuses to run is not offered: by neither mapping."""
+    AttentionInterface.register("mine", attention)
+    for interface in (AttentionInterface(), AttentionMaskInterface()):
+        assert "mine" not in interface
+        assert "mine" not in interface.valid_keys()
+        with pytest.raises(MissingMaskFormatterError):
+            interface["mine"]
+
+
+def test_override_of_one_instance() -> None:
+    """An override counts for its instance alone, and `del` takes back that and nothing else."""
+    mine, yours = AttentionInterface(), AttentionInterface()
+    builtin = yours["sdpa"]
+    mine["sdpa"] = attention
+    assert mine["sdpa"].__wrapped__ is attention
+    assert yours["sdpa"] is builtin
+    del mine["sdpa"]
+    assert mine["sdpa"] is builtin
+    with pytest.raises(UnknownBackendError):
+        del mine["sdpa"]
+
+
+def test_override_of_a_mask_counts() -> None:
+    """An overridden formatter is what the instance returns, also for a name that has none in the registry."""
+    masks = AttentionMaskInterface()
+    masks["sdpa"] = formatter
+    assert masks["sdpa"] is formatter
+    assert AttentionMaskInterface()["sdpa"] is attnreg.masks.sdpa_mask
+    functions = AttentionInterface(masks)
+    functions["mine"] = attention
+    with pytest.raises(MissingMaskFormatterError):
+        functions["mine"]
+    masks["mine"] = formatter
+    assert functions["mine"].__wrapped__ is attention
+
+
+def test_overrides_declare_for_themselves() -> None:
+    """What the registry's backend declares is not proved for the function that overrides it."""
+    import torch
+
+    query = torch.zeros(1, 2, 3, 4)
+    interface = AttentionInterface()
+    interface["eager"] = attention
+    with pytest.raises(UnsupportedError):
+        interface["eager"](None, query, query, query, None, softcap=30.0)
+    declared = Backend(name="eager", attention=attention, mask=formatter, supports=Capabilities(softcap=True))
+    interface["eager"] = declared
+    interface["eager"](None, query, query, query, None, softcap=30.0)
+
+
+def test_overrides_are_validated() -> None:
+    """A function that models could not call is refused, and the instance is unchanged."""
+    functions, masks = AttentionInterface(), AttentionMaskInterface()
+    with pytest.raises(InvalidBackendError):
+        functions["mine"] = lambda query: query
+    with pytest.raises(InvalidBackendError):
+        masks["mine"] = lambda: None
+    with pytest.raises(attnreg.InvalidNameError):
+        masks["my own"] = formatter
+    assert "mine" not in functions
+    assert "mine" not in masks
+
+
+def test_instances_follow_the_registry() -> None:
+    """What an instance has looked up is forgotten when somebody registers anew."""
+    functions, masks = AttentionInterface(), AttentionMaskInterface()
+    AttentionInterface.register("mine", attention, mask=formatter)
+    first = functions["mine"], masks["mine"]
+
+    def newer(module, query, key, value, attention_mask, **kwargs):
+        return None
+
+    AttentionInterface.register("mine", newer, mask=attnreg.NO_MASK, replace=True)
+    assert functions["mine"].__wrapped__ is newer
+    assert masks["mine"] is attnreg.NO_MASK
+    assert first[0].__wrapped__ is attention
+    AttentionInterface.unregister("mine")
+    assert "mine" not in functions
+    with pytest.raises(UnknownBackendError):
+        functions["mine"]
+
+
+def test_built_ins_are_protected() -> None:
+    """Neither mapping replaces a built-in without being told to."""
+    with pytest.raises(NameTakenError):
+        AttentionInterface.register("sdpa", attention)
+    with pytest.raises(NameTakenError):
+        AttentionMaskInterface.register("sdpa", formatter)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda each: pickle.loads(pickle.dumps(each))])  # noqa: S301
+def test_copies(duplicate) -> None:
+    """An interface in a model survives copying and pickling, with its overrides, independent of the original."""
+    original = AttentionInterface()
+    original.masks["mine"] = formatter
+    original["mine"] = attention
+    twin = duplicate(original)
+    assert twin["mine"].__wrapped__ is attention
+    assert twin.masks["mine"] is formatter
+    del twin["mine"]
+    assert "mine" in original
+    AttentionInterface.register("later", attention, mask=formatter)
+    assert "later" in twin
+
+
+def test_a_subclass_over_another_registry() -> None:
+    """Tests and applications that want a world of their own name their registry in a subclass."""
+
+    class Mine(AttentionInterface):
+        registry = attnreg.Registry()
+
+    Mine.register("mine", attention, mask=formatter)
+    assert list(Mine()) == ["mine"]
+    assert "mine" not in AttentionInterface()
