@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, runtime_checkab
 
 from attnreg.capabilities import Capabilities
 from attnreg.errors import InvalidBackendError
-from attnreg.guard import guard
+from attnreg.guard import fit, guard
 from attnreg.names import check_base
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ class Backend:
         api: the version of the contract that it was written for.
         origin: where it came from; the registry fills it in.
         call: `attention` behind the guard that refuses what `supports` does not declare. This is what models call.
+        format: `mask`, told to put causality into the mask unless `supports` declares `is_causal`. This is what models
+            format their masks with.
 
     Raises:
         InvalidNameError: the name does not follow the grammar.
@@ -121,6 +123,7 @@ class Backend:
     api: int = API
     origin: Origin | None = None
     call: Callable[..., Any] = field(init=False, repr=False, compare=False)
+    format: Callable[..., Any] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Validate, and put the guard up."""
@@ -128,7 +131,12 @@ class Backend:
         check_attention(self.name, self.attention)
         check_mask(self.name, self.mask)
         check_supports(self.name, self.supports)
-        object.__setattr__(self, "call", guard(self.name, self.attention, self.supports))
+        if self.mask is NO_MASK:
+            object.__setattr__(self, "call", guard(self.name, self.attention, self.supports, constraints=False))
+            object.__setattr__(self, "format", self.mask)
+        else:
+            object.__setattr__(self, "call", guard(self.name, self.attention, self.supports))
+            object.__setattr__(self, "format", fit(self.name, self.mask, self.supports))
 
     def __copy__(self) -> Backend:
         return self

@@ -65,7 +65,10 @@ class Capabilities:
         grouped_query: fewer key/value heads than query heads.
         structures: mask structures (see `STRUCTURES`) that attention and formatter can express together; None means
             all, which holds for every formatter that hands over a dense mask.
-        sliding_window: the function honours the keyword `sliding_window` when it is handed no mask.
+        is_causal: the function honours the keyword `is_causal`, and without it `module.is_causal`, when it is handed no
+            mask, with the last query at the last key's position. If not, its formatter is told to put causality into
+            the mask.
+        sliding_window: … the keyword `sliding_window` when it is handed no mask.
         softcap: … `softcap`, scores capped at `softcap * tanh(score / softcap)` before the mask.
         sinks: … `s_aux`, per-head sink logits in the softmax's denominator.
         position_bias: … `position_bias`, added to the scaled scores.
@@ -86,6 +89,7 @@ class Capabilities:
     value_head_dim: bool = False
     grouped_query: bool = False
     structures: frozenset[str] | None = None
+    is_causal: bool = False
     sliding_window: bool = False
     softcap: bool = False
     sinks: bool = False
@@ -110,8 +114,8 @@ class Capabilities:
 class Request:
     """What a call needs; what is None or False is not asked for.
 
-    `sliding_window` and `packing` are the keywords of a call without a mask; a window that is part of the mask is
-    the structure `"sliding_window"`. Tensors fill it in with `Request.of`.
+    `is_causal`, `sliding_window` and `packing` are the keywords of a call without a mask; causality that is part of
+    the mask is the structure `"causal"`. Tensors fill it in with `Request.of`.
     """
 
     device: str | None = None
@@ -121,6 +125,7 @@ class Request:
     query_heads: int | None = None
     kv_heads: int | None = None
     structures: frozenset[str] = frozenset()
+    is_causal: bool = False
     sliding_window: bool = False
     softcap: bool = False
     sinks: bool = False
@@ -157,6 +162,10 @@ class Request:
 
 
 FEATURES: Final[dict[str, tuple[str, str]]] = {
+    "is_causal": (
+        "causality by flag, without a mask",
+        "Build the mask with the backend's own formatter, which puts causality into it.",
+    ),
     "sliding_window": (
         "the keyword sliding_window without a mask",
         "Build the mask with the backend's own formatter, which puts the window into it.",
@@ -215,7 +224,9 @@ def _features(supports: Capabilities, request: Request) -> Iterator[Reason]:
         yield Reason("mask", _listed(missing), _listed(supports.structures), "Choose another backend.")
     for feature, (wanted, fix) in FEATURES.items():
         if getattr(request, feature) and not getattr(supports, feature):
-            yield Reason(feature, wanted, "not declared", f"{fix} If it can: declare Capabilities({feature}=True).")
+            yield Reason(
+                feature, wanted, "not declared", f"{fix} A backend that can says so: Capabilities({feature}=True)."
+            )
 
 
 def reluctance(supports: Capabilities, request: Request) -> list[Reason]:

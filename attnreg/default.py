@@ -1,15 +1,19 @@
-"""The one registry that the whole process shares, and how its records are pickled: by name."""
+"""The one registry that the whole process shares, and how what is in it is pickled: by name."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from attnreg.errors import AttnregError
+from attnreg.errors import AttnregError, UnknownBackendError
 from attnreg.registry import Registry
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from attnreg.backend import Backend
     from attnreg.finder import Finder
+
+_RAW: Final[dict[str, str]] = {"call": "attention", "format": "mask"}
 
 
 def _plugins() -> Finder:
@@ -28,18 +32,32 @@ def by_name(name: str) -> Backend:
     return default_registry.get(name)
 
 
+def half_by_name(name: str, half: Literal["call", "format"]) -> Callable[..., Any]:
+    """Look up one half of a backend; what unpickling a function that was bound to a module does."""
+    function: Callable[..., Any] = getattr(default_registry.get(name), half)
+    return function
+
+
 def pickled_name(backend: Backend) -> str:
     """Return the name that stands for *backend* in a pickle.
 
     Raises:
         AttnregError: the default registry holds something else, or nothing, under that name.
     """
-    if backend.name in default_registry:
-        known = default_registry.get(backend.name)
-        if (known.attention, known.mask) == (backend.attention, backend.mask):
-            return backend.name
-    raise AttnregError(
-        f"backend {backend.name!r} is not what the default registry holds under that name, and a backend is pickled "
-        "by its name. Register it (attnreg.default_registry.add) here and in the process that reads the pickle.",
-        name=backend.name,
-    )
+    name_of_half(backend.name, "call", backend.attention)
+    return name_of_half(backend.name, "format", backend.mask)
+
+
+def name_of_half(name: str, half: Literal["call", "format"], function: Callable[..., Any]) -> str:
+    """Return *name* if *function* is what the default registry holds there; see `pickled_name`."""
+    try:
+        known = getattr(default_registry.get(name), _RAW[half])
+    except UnknownBackendError:
+        known = None
+    if known is not function:
+        raise AttnregError(
+            f"backend {name!r} is not what the default registry holds under that name, and a backend is pickled by its "
+            "name. Register it (attnreg.default_registry.add) here and in the process that reads the pickle.",
+            name=name,
+        )
+    return name

@@ -86,7 +86,7 @@ def _candidates(distribution: Any, *, thorough: bool) -> Iterator[Candidate]:
     entry_points = distribution.entry_points
     ours = [entry_point for entry_point in entry_points if entry_point.group == GROUP]
     if ours and _is_active(distribution, text):
-        name, release = str(distribution.metadata["Name"]), str(distribution.version)
+        name, release = _identity(distribution)
         for entry_point in ours:
             yield Candidate(str(entry_point.name), str(entry_point.value), name, release)
 
@@ -96,17 +96,34 @@ def _is_active(distribution: Any, text: str) -> bool:
 
     A failed upgrade leaves a second `.dist-info` behind, and one distribution must not conflict with itself.
     """
-    if distribution.read_text("METADATA") is None and distribution.read_text("PKG-INFO") is None:
-        return False
-    for other in importlib_metadata.distributions(name=str(distribution.metadata["Name"])):
-        if other.read_text("METADATA") is not None or other.read_text("PKG-INFO") is not None:
-            return str(other.version) == str(distribution.version) and other.read_text("entry_points.txt") == text
-    return True
+    mine = _identity(distribution)
+    for other in importlib_metadata.distributions(name=mine[0]) if mine[0] else ():
+        theirs = _identity(other)
+        if theirs[0]:
+            return theirs == mine and other.read_text("entry_points.txt") == text
+    return False
+
+
+def _identity(distribution: Any) -> tuple[str, str]:
+    """Read name and version, empty if there is no metadata, from the two header lines that hold them.
+
+    Parsing the whole header, as `distribution.metadata` does, imports the email package and takes most of a scan.
+    """
+    headers = {"Name": "", "Version": ""}
+    text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+    for line in text.splitlines():
+        field, _, content = line.partition(":")
+        if not line.strip():
+            break
+        if not headers.get(field, "known"):
+            headers[field] = content.strip()
+    return headers["Name"], headers["Version"]
 
 
 def _label(distribution: Any) -> str:
     """Name a distribution that may be too broken to know its own name: by its files, if need be."""
     try:
-        return f"{distribution.metadata['Name']} {distribution.version}"
+        name = " ".join(_identity(distribution)).strip()
     except Exception:  # noqa: BLE001 - its metadata is what is broken
-        return str(getattr(distribution, "_path", "a distribution without a readable name"))
+        name = ""
+    return name or str(getattr(distribution, "_path", "a distribution without a readable name"))

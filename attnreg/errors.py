@@ -10,6 +10,7 @@ AttnregError
 ├── RegistrationError
 │   ├── InvalidBackendError (TypeError)       an attention function, formatter or record of the wrong form
 │   ├── NameTakenError                        the name belongs to someone else
+│   ├── NothingToRemoveError (KeyError)       there is no registration or override to take back
 │   └── ApiMismatchError                      the backend was written for another version of the contract
 ├── PluginError                               an installed plugin cannot be used; `__cause__` says why
 │   ├── PluginDependencyError                 … because a package that it imports is missing
@@ -182,6 +183,14 @@ class NameTakenError(RegistrationError):
             owner=owner,
             newcomer=newcomer,
         )
+
+
+class NothingToRemoveError(RegistrationError, KeyError):
+    """There is no registration, or no override of this instance, to take back."""
+
+    def __init__(self, name: str, place: str, owner: str = "") -> None:
+        rest = f" It belongs to {owner}, which nobody can remove; uninstall or hide a plugin instead." if owner else ""
+        super().__init__(f"{place} has nothing of its own under {name!r} to take back.{rest}", name=name, owner=owner)
 
 
 class ApiMismatchError(RegistrationError):

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attnreg.backend import Backend, check_attention, check_mask
 from attnreg.default import default_registry
-from attnreg.errors import MissingMaskFormatterError, UnknownBackendError
+from attnreg.errors import AttnregError, MissingMaskFormatterError, NothingToRemoveError
 from attnreg.names import check_base
 
 if TYPE_CHECKING:
@@ -31,11 +32,15 @@ class _View(MutableMapping[str, Callable[..., Any]]):
     def __init__(self) -> None:
         self._own: dict[str, Any] = {}
         self.resolved: dict[str, Callable[..., Any]] = {}
+        self._loaded: dict[str, Callable[..., Any]] = {}
         self.registry.subscribe(self)
 
     # An interface is itself and nothing else: comparing contents would load every plugin.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
         try:
@@ -45,7 +50,7 @@ class _View(MutableMapping[str, Callable[..., Any]]):
 
     def __delitem__(self, name: str) -> None:
         if name not in self._own:
-            raise UnknownBackendError(name, self._own) from None
+            raise NothingToRemoveError(name, "this instance")
         del self._own[name]
         self.forget(name)
 
@@ -82,12 +87,26 @@ class _View(MutableMapping[str, Callable[..., Any]]):
         return sorted({*self._own, *self.registry.names()})
 
     def forget(self, name: str) -> None:
-        """*name* means something else from now on; the registry calls this."""
-        self.resolved.pop(name, None)
+        """*name* means something else from now on; the registry calls this.
+
+        What was in use is looked up anew at once, so that a compiled model finds it and need not load anything.
+        """
+        self._loaded.pop(name, None)
+        if self.resolved.pop(name, None) is not None:
+            with suppress(AttnregError):
+                self._resolve(name)
 
     def _resolve(self, name: str) -> Callable[..., Any]:
-        function = self.resolved[name] = self._look_up(name)
-        return function
+        self._load(name)
+        return self._loaded[name]
+
+    def _load(self, name: str) -> None:
+        self.resolved[name] = self._loaded[name] = self._look_up(name)
+
+    # What torch.compiler.assume_constant_result does, without importing torch: a first lookup inside a compiled model
+    # runs its lock and its imports while the model is traced, and they are not traced themselves. `_loaded` is for the
+    # trace to read, which has looked at `resolved` already and found nothing.
+    _load._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
 
     @abstractmethod
     def _look_up(self, name: str) -> Callable[..., Any]:
@@ -96,6 +115,9 @@ class _View(MutableMapping[str, Callable[..., Any]]):
 
 class AttentionMaskInterface(_View):
     """Mask formatters by backend name. `interface[name] = formatter` overrides one for this instance alone.
+
+    The formatters are those that fit the backend: for a function that does not declare `is_causal`, one that never
+    leaves causality to the flag. The formatter as it was registered is then the ``__wrapped__``.
 
     Attributes:
         resolved: the names looked up so far, as a plain dictionary.
@@ -119,7 +141,7 @@ class AttentionMaskInterface(_View):
         self.forget(name)
 
     def _look_up(self, name: str) -> Callable[..., Any]:
-        return self._own[name] if name in self._own else self.registry.get(name).mask
+        return self._own[name] if name in self._own else self.registry.get(name).format
 
 
 class AttentionInterface(_View):

@@ -20,6 +20,7 @@ from attnreg.errors import (
     MissingAttentionError,
     MissingMaskFormatterError,
     NameTakenError,
+    NothingToRemoveError,
     UnknownBackendError,
     UnknownWrapperError,
 )
@@ -148,14 +149,11 @@ class Registry:
         """Take back what user code registered as *name*; a built-in or plugin that it replaced is back.
 
         Raises:
-            UnknownBackendError: user code has registered nothing of that name.
-            NameTakenError: the name belongs to a built-in or a plugin, which nobody can remove.
+            NothingToRemoveError: user code has registered nothing of that name.
         """
         with self._lock:
             if name not in self._halves:
-                if owner := self._provider(name):
-                    raise NameTakenError(name, owner, "removal", may_replace=True)
-                raise UnknownBackendError(name, self._halves)
+                raise NothingToRemoveError(name, "user code", self._provider(name))
             del self._halves[name]
             self._changed(name)
 
@@ -256,8 +254,8 @@ def _missing_half(name: str, halves: _Halves) -> AttnregError:
 
 
 def _qualified(function: object) -> str:
-    qualname = getattr(function, "__qualname__", None)
-    return f"{getattr(function, '__module__', None)}:{qualname}" if qualname else repr(function)
+    qualname, module = getattr(function, "__qualname__", None), getattr(function, "__module__", None)
+    return ":".join(filter(None, (module, qualname))) if qualname else repr(function)
 
 
 def _same(before: object, after: object) -> bool:

@@ -143,5 +143,7 @@ def _from_environment(registry: Registry) -> str | None:
     try:
         registry.get(name)
     except UnknownBackendError as error:
-        raise ConfigurationError(IMPLEMENTATION, name, error.message, "Set it to a backend's name.") from None
+        problem = error.message.splitlines()[0].replace("; did you mean", ", perhaps").rstrip("?")
+        remedy = f"Set it to one of: {', '.join(registry.names())}."
+        raise ConfigurationError(IMPLEMENTATION, name, problem, remedy) from None
     return name

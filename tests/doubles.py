@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
+
+CAUSAL, FREE = SimpleNamespace(is_causal=True), SimpleNamespace(is_causal=False)
+"""Modules that say whether they are causal."""
 
 
 def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:

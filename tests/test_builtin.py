@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
+from doubles import CAUSAL, FREE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +24,6 @@ DEVICES = [
 ]
 BACKENDS = ["eager", "sdpa"]
 DTYPES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-CAUSAL, FREE = SimpleNamespace(is_causal=True), SimpleNamespace(is_causal=False)
 
 
 def inputs(heads=(4, 4), queries=7, keys=7, dims=(16, 16), *, batch=2, seed=0, device="cpu", dtype=torch.float32):
@@ -50,7 +48,13 @@ def test_matches_the_oracle(name, heads, padding, predicate, dtype, device) -> N
     """Causal or not, padded anywhere, grouped heads, on each dtype: the oracle's result, 0 for rows without keys."""
     query, key, value = inputs(heads, device=device, dtype=dtype)
     real = torch.ones(2, 7, dtype=torch.bool, device=device)
-    cut = {"none": slice(0), "left": slice(3), "right": slice(4, None), "both": slice(0, 7, 6), "a whole row": slice(None)}
+    cut = {
+        "none": slice(0),
+        "left": slice(3),
+        "right": slice(4, None),
+        "both": slice(0, 7, 6),
+        "a whole row": slice(None),
+    }
     real[1, cut[padding]] = False
     backend = attnreg.get(name)
     mask = backend.mask(
@@ -101,7 +105,9 @@ def test_laws(name, heads, queries, past, dims, scaling, is_causal, bias, form, 
     mask = {
         "none": None,
         "bool": allowed,
-        "additive": torch.where(allowed, torch.rand(allowed.shape, generator=generator), torch.finfo(torch.float32).min),
+        "additive": torch.where(
+            allowed, torch.rand(allowed.shape, generator=generator), torch.finfo(torch.float32).min
+        ),
         "-inf": torch.where(allowed, 0.0, float("-inf")),
     }[form]
     options = {"scaling": scaling, "position_bias": position_bias}

@@ -60,14 +60,14 @@ TABLE = [
     (
         Capabilities(),
         Request(softcap=True),
-        "softcap: wants softcap; supported: not declared. Choose a backend with softcap, such as eager. If it can: "
-        "declare Capabilities(softcap=True).",
+        "softcap: wants softcap; supported: not declared. Choose a backend with softcap, such as eager. A backend that "
+        "can says so: Capabilities(softcap=True).",
     ),
     (
         Capabilities(backward=False),
         Request(backward=True),
         "backward: wants gradients; supported: not declared. Run it under torch.no_grad(), or choose a backend with a "
-        "backward pass. If it can: declare Capabilities(backward=True).",
+        "backward pass. A backend that can says so: Capabilities(backward=True).",
     ),
 ]
 
@@ -134,7 +134,10 @@ def test_torch_spellings() -> None:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: Capabilities(devices="cuda"), "devices is the string 'cuda'; wanted: a set of names, such as {'cuda'}."),
+        (
+            lambda: Capabilities(devices="cuda"),
+            "devices is the string 'cuda'; wanted: a set of names, such as {'cuda'}.",
+        ),
         (
             lambda: Request(structures={"casual"}),
             f"structures is casual; wanted: some of {', '.join(sorted(STRUCTURES))}.",

@@ -7,7 +7,7 @@ import torch
 from doubles import attention, formatter
 from torch._dynamo.testing import CompileCounter
 
-from attnreg import AttentionInterface, reference
+from attnreg import NO_MASK, AttentionInterface, reference
 from attnreg.masks import causal, sdpa_mask
 
 
@@ -34,15 +34,17 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("looked_up_before", [False, True], ids=["first use", "used before"])
 @pytest.mark.parametrize("masked", [False, True], ids=["flags", "mask"])
 @pytest.mark.parametrize("method", [False, True], ids=["[]", "get_interface"])
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
-def test_one_graph_and_no_recompilation(name, method, masked) -> None:
+def test_one_graph_and_no_recompilation(name, method, masked, looked_up_before) -> None:
     """One graph for the lookup and the call together; a backend registered later is none of its business."""
     interface = AttentionInterface()
     counter = CompileCounter()
     layer = Layer(interface, name, method=method)
-    interface[name]  # looked up once before: loading a plugin is no work for a trace
+    if looked_up_before:
+        interface[name]
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 8)
     real = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6], dtype=torch.bool)
@@ -60,15 +62,16 @@ def test_one_graph_and_no_recompilation(name, method, masked) -> None:
 def test_replacing_the_backend_in_use_is_noticed() -> None:
     """Registering the very name that is compiled in does recompile: a stale function would be a silent error."""
     interface = AttentionInterface()
-    AttentionInterface.register("mine", lambda m, q, k, v, a, **kw: (q + 1, None), mask=formatter)
+    AttentionInterface.register("mine", lambda m, q, k, v, a, **kw: (q + 1, None), mask=NO_MASK)
     counter = CompileCounter()
-    interface["mine"]
     compiled = torch.compile(Layer(interface, "mine", method=False), backend=counter, fullgraph=True)
     zero = torch.zeros(1, 1, 2, 2)
     assert compiled(zero, zero, zero).max() == 1
-    AttentionInterface.register("mine", lambda m, q, k, v, a, **kw: (q + 2, None), mask=formatter, replace=True)
-    interface["mine"]
+    AttentionInterface.register("mine", lambda m, q, k, v, a, **kw: (q + 2, None), mask=NO_MASK, replace=True)
     assert compiled(zero, zero, zero).max() == 2
+    AttentionInterface.unregister("mine")
+    with pytest.raises(Exception, match="no attention backend is named 'mine'"):
+        compiled(zero, zero, zero)
 
 
 def test_refusal_inside_a_graph() -> None:
@@ -78,7 +81,6 @@ def test_refusal_inside_a_graph() -> None:
     def capped(query, key, value):
         return interface["sdpa"](None, query, key, value, None, softcap=30.0)[0]
 
-    interface["sdpa"]
     query = torch.randn(1, 1, 2, 8)
     with pytest.raises(Exception, match="softcap"):
         torch.compile(capped, backend="eager", fullgraph=True)(query, query, query)

@@ -62,6 +62,15 @@ TEXTS = [
         "name of its own.",
     ),
     (
+        errors.NothingToRemoveError("sdpa", "user code", "attnreg itself"),
+        "user code has nothing of its own under 'sdpa' to take back. It belongs to attnreg itself, which nobody can "
+        "remove; uninstall or hide a plugin instead.",
+    ),
+    (
+        errors.NothingToRemoveError("mine", "this instance"),
+        "this instance has nothing of its own under 'mine' to take back.",
+    ),
+    (
         errors.ApiMismatchError("x", 2, 1, "attnreg-x 3.0", "attnreg 0.1.0"),
         "'x' from attnreg-x 3.0 is written for backend API 2; this attnreg speaks API 1. Upgrade attnreg (this is "
         "attnreg 0.1.0).",

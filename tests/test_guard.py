@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from doubles import attention
+from doubles import CAUSAL, FREE, attention
 
-from attnreg import Capabilities, UnsupportedError
+from attnreg import NO_MASK, Backend, Capabilities, UnsupportedError
 from attnreg.guard import KEYWORDS, guard
+from attnreg.masks import sdpa_mask
 
 VALUES = {
     "dropout": 0.1,
@@ -65,7 +66,7 @@ def test_undeclared_keyword_is_refused_before_any_compute(keyword: str) -> None:
     """A keyword that changes the result is refused with its reason, and the function is never called."""
     spy = Spy()
     with pytest.raises(UnsupportedError) as caught:
-        guard("mine", spy, Capabilities())(None, *tensors(), None, **{keyword: VALUES[keyword]})
+        guard("mine", spy, Capabilities())(FREE, *tensors(), None, **{keyword: VALUES[keyword]})
     assert [reason.code for reason in caught.value.reasons] == [KEYWORDS[keyword]]
     assert caught.value.name == "mine"
     assert spy.calls == []
@@ -75,7 +76,7 @@ def test_undeclared_keyword_is_refused_before_any_compute(keyword: str) -> None:
 def test_declared_keyword_passes(keyword: str) -> None:
     """Declared, the same keyword arrives as it was given."""
     spy = Spy()
-    guard("mine", spy, Capabilities(**{KEYWORDS[keyword]: True}))(None, *tensors(), None, **{keyword: VALUES[keyword]})
+    guard("mine", spy, Capabilities(**{KEYWORDS[keyword]: True}))(FREE, *tensors(), None, **{keyword: VALUES[keyword]})
     assert spy.calls == [{keyword: VALUES[keyword]}]
 
 
@@ -83,14 +84,14 @@ def test_declared_keyword_passes(keyword: str) -> None:
 def test_neutral_values_pass(keyword: str, value: object) -> None:
     """What changes nothing is not refused: no dropout, no cap, a window wider than the keys."""
     spy = Spy()
-    guard("mine", spy, Capabilities())(None, *tensors(), None, **{keyword: value})
+    guard("mine", spy, Capabilities())(FREE, *tensors(), None, **{keyword: value})
     assert spy.calls == [{keyword: value}]
 
 
 def test_unknown_keywords_pass() -> None:
     """Models pass much that carries no semantics for attention."""
     spy = Spy()
-    guard("mine", spy, Capabilities())(None, *tensors(), None, use_cache=True, position_ids=1, my_own=object())
+    guard("mine", spy, Capabilities())(FREE, *tensors(), None, use_cache=True, position_ids=1, my_own=object())
     assert len(spy.calls) == 1
 
 
@@ -98,7 +99,7 @@ def test_unknown_keywords_pass() -> None:
 def test_a_mask_is_complete(keyword: str) -> None:
     """With a mask at hand, the window and the packing are in it, and their keywords only repeat it."""
     spy = Spy()
-    guard("mine", spy, Capabilities())(None, *tensors(), torch.ones(1, 1, 3, 5), **{keyword: VALUES[keyword]})
+    guard("mine", spy, Capabilities())(FREE, *tensors(), torch.ones(1, 1, 3, 5), **{keyword: VALUES[keyword]})
     assert len(spy.calls) == 1
 
 
@@ -118,11 +119,11 @@ def test_limits(supports: dict, call: dict, code: str) -> None:
     """Each declared limit refuses a call beyond it, and none other."""
     spy = Spy()
     with pytest.raises(UnsupportedError) as caught:
-        guard("mine", spy, Capabilities(**supports))(None, *tensors(**call), None)
+        guard("mine", spy, Capabilities(**supports))(FREE, *tensors(**call), None)
     assert [reason.code for reason in caught.value.reasons] == [code]
     assert spy.calls == []
     everything = Capabilities(grouped_query=True, value_head_dim=True)
-    guard("mine", spy, everything)(None, *tensors(**call), None)
+    guard("mine", spy, everything)(FREE, *tensors(**call), None)
     assert len(spy.calls) == 1
 
 
@@ -130,13 +131,65 @@ def test_inference_only_runs_without_gradients() -> None:
     """A kernel without backward is refused only where gradients are wanted."""
     inputs = tensors(requires_grad=True)
     with torch.no_grad():
-        guard("mine", Spy(), Capabilities(backward=False))(None, *inputs, None)
+        guard("mine", Spy(), Capabilities(backward=False))(FREE, *inputs, None)
+
+
+@pytest.mark.parametrize(
+    ("module", "keywords", "queries", "refused"),
+    [
+        (CAUSAL, {}, 3, True),
+        (None, {}, 3, True),
+        (FREE, {"is_causal": True}, 3, True),
+        (FREE, {}, 3, False),
+        (CAUSAL, {"is_causal": False}, 3, False),
+        (CAUSAL, {}, 1, False),
+    ],
+)
+def test_causality_by_flag(module, keywords, queries, refused) -> None:
+    """Without a mask, causality travels as a flag; a function that does not declare that it reads it is not called."""
+    query, key, value = tensors()
+    query = query[:, :, :queries]
+    spy = Spy()
+    call = guard("mine", spy, Capabilities())
+    if refused:
+        with pytest.raises(UnsupportedError) as caught:
+            call(module, query, key, value, None, **keywords)
+        assert str(caught.value.reasons[0]) == (
+            "is_causal: wants causality by flag, without a mask; supported: not declared. Build the mask with the "
+            "backend's own formatter, which puts causality into it. A backend that can says so: "
+            "Capabilities(is_causal=True)."
+        )
+    else:
+        call(module, query, key, value, None, **keywords)
+    call(module, query, key, value, torch.ones(1, 1, queries, 5), **keywords)
+    guard("mine", spy, Capabilities(is_causal=True))(module, query, key, value, None, **keywords)
+    assert len(spy.calls) == (2 if refused else 3)
+
+
+def test_no_mask_leaves_every_constraint_to_the_function() -> None:
+    """Who registers with NO_MASK handles causality, windows and packing without a mask; a softcap is another matter."""
+    call = Backend(name="mine", attention=attention, mask=NO_MASK).call
+    call(CAUSAL, *tensors(), None, sliding_window=2, cu_seq_lens_q=VALUES["cu_seq_lens_q"])
+    with pytest.raises(UnsupportedError, match="softcap"):
+        call(CAUSAL, *tensors(), None, softcap=30.0)
+
+
+def test_formatters_leave_nothing_to_a_flag_that_nobody_reads() -> None:
+    """A plain causal mask is None only for functions that declare is_causal; all others are handed the mask."""
+    sizes = {"batch_size": 1, "q_length": 3, "kv_length": 3}
+    undeclared = Backend(name="mine", attention=attention, mask=sdpa_mask)
+    assert undeclared.format(**sizes).dtype == torch.bool
+    assert undeclared.format.__wrapped__ is sdpa_mask
+    declared = Backend(name="mine", attention=attention, mask=sdpa_mask, supports=Capabilities(is_causal=True))
+    assert declared.format is sdpa_mask
+    assert declared.format(**sizes) is None
 
 
 def test_nothing_to_refuse_means_no_wrapper() -> None:
     """A backend that can do everything is called without anything in between."""
     features = dict.fromkeys(KEYWORDS.values(), True)
-    assert guard("mine", attention, Capabilities(grouped_query=True, value_head_dim=True, **features)) is attention
+    everything = Capabilities(grouped_query=True, value_head_dim=True, is_causal=True, **features)
+    assert guard("mine", attention, everything) is attention
 
 
 def test_wraps() -> None:

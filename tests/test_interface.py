@@ -6,7 +6,7 @@ import copy
 import pickle
 
 import pytest
-from doubles import attention, formatter
+from doubles import FREE, attention, formatter
 
 import attnreg
 from attnreg import (
@@ -17,6 +17,7 @@ from attnreg import (
     InvalidBackendError,
     MissingMaskFormatterError,
     NameTakenError,
+    NothingToRemoveError,
     UnknownBackendError,
     UnsupportedError,
 )
@@ -29,7 +30,7 @@ def test_the_users_two_steps() -> None:
         AttentionInterface()["mine"]
     AttentionMaskInterface.register("mine", formatter)
     assert AttentionInterface()["mine"].__wrapped__ is attention
-    assert AttentionMaskInterface()["mine"] is formatter
+    assert AttentionMaskInterface()["mine"].__wrapped__ is formatter
     assert attnreg.get("mine").attention is attention
 
 
@@ -46,7 +47,7 @@ def test_seed_form_with_open_arguments() -> None:
     import torch
 
     query = torch.zeros(1, 2, 3, 4)
-    AttentionInterface()["my_new_sdpa"](None, query, query, query, None, scaling=1.0, a_new_kwargs="passes")
+    AttentionInterface()["my_new_sdpa"](FREE, query, query, query, None, scaling=1.0, a_new_kwargs="passes")
     assert calls == [5]
 
 
@@ -94,7 +95,7 @@ def test_override_of_one_instance() -> None:
     assert yours["sdpa"] is builtin
     del mine["sdpa"]
     assert mine["sdpa"] is builtin
-    with pytest.raises(UnknownBackendError):
+    with pytest.raises(NothingToRemoveError, match="this instance has nothing of its own under 'sdpa' to take back"):
         del mine["sdpa"]
 
 
@@ -120,10 +121,10 @@ def test_overrides_declare_for_themselves() -> None:
     interface = AttentionInterface()
     interface["eager"] = attention
     with pytest.raises(UnsupportedError):
-        interface["eager"](None, query, query, query, None, softcap=30.0)
+        interface["eager"](FREE, query, query, query, None, softcap=30.0)
     declared = Backend(name="eager", attention=attention, mask=formatter, supports=Capabilities(softcap=True))
     interface["eager"] = declared
-    interface["eager"](None, query, query, query, None, softcap=30.0)
+    interface["eager"](FREE, query, query, query, None, softcap=30.0)
 
 
 def test_overrides_are_validated() -> None:
@@ -190,3 +191,20 @@ def test_a_subclass_over_another_registry() -> None:
     Mine.register("mine", attention, mask=formatter)
     assert list(Mine()) == ["mine"]
     assert "mine" not in AttentionInterface()
+
+
+def test_what_is_bound_to_a_module_is_pickled_by_name() -> None:
+    """A module that keeps its attention function, as it should, can be copied, saved and sent to another process."""
+    functions, masks = AttentionInterface(), AttentionMaskInterface()
+    AttentionInterface.register("mine", attention, mask=formatter)
+    for name in ("sdpa", "eager", "mine"):
+        bound = {"attention": functions[name], "mask": masks[name]}
+        again = pickle.loads(pickle.dumps(bound))  # noqa: S301 - our own
+        twin = copy.deepcopy(bound)
+        for half, function in bound.items():
+            assert again[half] is function
+            assert twin[half] is function
+    functions["own"] = attention
+    functions.masks["own"] = formatter
+    with pytest.raises(attnreg.AttnregError, match="backend 'own' is not what the default registry holds"):
+        pickle.dumps(functions["own"])

@@ -14,7 +14,9 @@ from attnreg.masks import bidirectional, causal, eager_mask, sdpa_mask
 from attnreg.masks.dense import dense
 
 
-def brute(function: Any, batch: int, queries: int, keys: int, q_offset: int, kv_offset: int, padding: Any) -> torch.Tensor:
+def brute(
+    function: Any, batch: int, queries: int, keys: int, q_offset: int, kv_offset: int, padding: Any
+) -> torch.Tensor:
     """Ask the predicate about each position on its own."""
     mask = torch.zeros(batch, 1, queries, keys, dtype=torch.bool)
     for b in range(batch):
@@ -52,7 +54,9 @@ def test_formats_mean_the_predicate(name, batch, queries, past, kv_offset, use_v
     keys = queries + past
     padding = None
     if padded:
-        bits = data.draw(st.lists(st.booleans(), min_size=batch * (kv_offset + keys), max_size=batch * (kv_offset + keys)))
+        bits = data.draw(
+            st.lists(st.booleans(), min_size=batch * (kv_offset + keys), max_size=batch * (kv_offset + keys))
+        )
         padding = torch.tensor(bits).reshape(batch, kv_offset + keys)
     q_offset = kv_offset + past
     arguments = (batch, queries, keys, q_offset, kv_offset, function, padding)

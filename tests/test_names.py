@@ -11,7 +11,8 @@ from attnreg.names import Wrapper, check_base, parse
 
 
 @pytest.mark.parametrize(
-    "name", ["sdpa", "flash_attention_2", "My.own-kernel_2", "org/repo", "org/repo@v1.2:fn", "org/repo@refs/pr/3", "eager"]
+    "name",
+    ["sdpa", "flash_attention_2", "My.own-kernel_2", "org/repo", "org/repo@v1.2:fn", "org/repo@refs/pr/3", "eager"],
 )
 def test_good_names(name: str) -> None:
     """Simple names and Hub names may be borne."""

@@ -93,7 +93,9 @@ def test_agrees_with_single_softmaxes(
         query,
         key,
         value,
-        attention_mask=real if queries <= keys or real is None else torch.ones(2, 1, 1, keys).bool() & real[:, None, None],
+        attention_mask=real
+        if queries <= keys or real is None
+        else torch.ones(2, 1, 1, keys).bool() & real[:, None, None],
         sliding_window=window,
         s_aux=s_aux,
         position_bias=position_bias,
@@ -122,7 +124,11 @@ def test_dense_masks() -> None:
     allowed = torch.rand(1, 1, 4, 4) > 0.3
     allowed[0, 0, 1] = False
     expected = reference.attention(query, key, value, lambda b, h, q, kv: allowed[0, 0][q][kv])
-    for mask in (allowed, torch.where(allowed, 0.0, torch.finfo(torch.float32).min), torch.where(allowed, 0.0, -math.inf)):
+    for mask in (
+        allowed,
+        torch.where(allowed, 0.0, torch.finfo(torch.float32).min),
+        torch.where(allowed, 0.0, -math.inf),
+    ):
         torch.testing.assert_close(reference.attention(query, key, value, attention_mask=mask), expected)
 
 
@@ -130,16 +136,20 @@ def test_offsets() -> None:
     """Positions are absolute: a static cache's prefill starts at 0 although there are more keys."""
     query, key, value = torch.randn(1, 1, 2, 4), torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4)
     first = reference.attention(query, key, value, causal(), q_offset=0)
-    torch.testing.assert_close(first, reference.attention(query, key[:, :, :2], value[:, :, :2], causal())._replace(
-        weights=first.weights
-    ))
+    torch.testing.assert_close(
+        first, reference.attention(query, key[:, :, :2], value[:, :, :2], causal())._replace(weights=first.weights)
+    )
     assert first.weights[..., 2:].count_nonzero() == 0
 
 
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"query": torch.zeros(1, 3, 2, 4)}, InvalidInputError, "the input is query (1, 3, 2, 4), key (1, 2, 2, 4), value"),
+        (
+            {"query": torch.zeros(1, 3, 2, 4)},
+            InvalidInputError,
+            "the input is query (1, 3, 2, 4), key (1, 2, 2, 4), value",
+        ),
         ({"query": torch.zeros(2, 2, 4)}, InvalidInputError, "the input is query (2, 2, 4)"),
         ({"value": torch.zeros(1, 2, 3, 4)}, InvalidInputError, "the input is query (1, 4, 2, 4)"),
         (

@@ -15,6 +15,7 @@ from attnreg.masks import eager_mask
 SUPPORTS = Capabilities(
     value_head_dim=True,
     grouped_query=True,
+    is_causal=True,
     sliding_window=True,
     softcap=True,
     sinks=True,
@@ -49,7 +50,7 @@ def eager_attention(
         InvalidInputError: shapes, a window, a cap or sinks that do not fit.
         InvalidMaskError: a mask or bias that is neither bool nor floating, or does not broadcast over the scores.
     """
-    check_inputs(query, key, value)
+    sizes = check_inputs(query, key, value)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -59,14 +60,13 @@ def eager_attention(
             raise InvalidInputError("softcap", str(softcap), "a positive number, or None for no cap")
         scores = softcap * torch.tanh(scores / softcap)
     if position_bias is not None:
-        check_bias(position_bias, query, key)
+        check_bias(position_bias, sizes)
         scores = scores + position_bias
     if attention_mask is None:
         causal = causality(module, is_causal)
-        lengths = query.shape[2], key.shape[2]
-        attention_mask = mask_of_flags(*lengths, is_causal=causal, sliding_window=sliding_window, device=query.device)
+        attention_mask = mask_of_flags(*sizes[2:], is_causal=causal, sliding_window=sliding_window, device=query.device)
     else:
-        check_mask(attention_mask, query, key)
+        check_mask(attention_mask, sizes)
     weights = _softmax(scores, attention_mask, s_aux).to(query.dtype)
     weights = functional.dropout(weights, p=dropout or 0.0)
     return (weights @ value).transpose(1, 2).contiguous(), weights

@@ -8,52 +8,58 @@ import torch
 
 from attnreg.errors import InvalidInputError, InvalidMaskError
 
+Sizes = tuple[int, int, int, int]
+"""Batch, query heads, query length and key length: the axes of the scores."""
 
-def check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Raise `InvalidInputError` unless the shapes are those of the attention contract."""
-    q, k, v = query.shape, key.shape, value.shape
-    if (
-        len(q) == len(k) == len(v) == 4  # noqa: PLR2004
-        and q[0] == k[0]
-        and q[3] == k[3]
-        and k[:3] == v[:3]
-        and k[1]
-        and q[1] % k[1] == 0
-    ):
-        return
+
+def check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Sizes:
+    """Return the axes of the scores, or raise `InvalidInputError` if the shapes are not those of the contract."""
+    if query.dim() == key.dim() == value.dim() == 4:  # noqa: PLR2004
+        batch, heads, q_length, head_dim = query.shape
+        key_batch, kv_heads, kv_length, key_dim = key.shape
+        value_batch, value_heads, value_length, _ = value.shape
+        if (
+            batch == key_batch == value_batch
+            and kv_heads == value_heads
+            and kv_length == value_length
+            and head_dim == key_dim
+            and kv_heads
+            and heads % kv_heads == 0
+        ):
+            return batch, heads, q_length, kv_length
     raise InvalidInputError(
         "the input",
-        f"query {tuple(q)}, key {tuple(k)}, value {tuple(v)}",
+        f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
         "query (B, Hq, Sq, D), key (B, Hkv, Sk, D), value (B, Hkv, Sk, Dv), Hq a multiple of Hkv",
     )
 
 
-def check_mask(mask: Any, query: torch.Tensor, key: torch.Tensor) -> None:
+def check_mask(mask: Any, sizes: Sizes) -> None:
     """Raise `InvalidMaskError` unless *mask* is bool or floating and broadcasts over the scores, axis by axis."""
-    if isinstance(mask, torch.Tensor) and (mask.dtype == torch.bool or mask.is_floating_point()):
-        if _broadcasts(mask, query, key):
-            return
-    raise _misfit("the mask", mask, "a bool (True = attend) or floating (added to the scores) tensor", query, key)
+    good = isinstance(mask, torch.Tensor) and (mask.dtype is torch.bool or mask.is_floating_point())
+    if not (good and _broadcasts(mask, sizes)):
+        raise _misfit("the mask", mask, "a bool (True = attend) or floating (added to the scores) tensor", sizes)
 
 
-def check_bias(bias: Any, query: torch.Tensor, key: torch.Tensor) -> None:
+def check_bias(bias: Any, sizes: Sizes) -> None:
     """Raise `InvalidMaskError` unless *bias* is floating and broadcasts over the scores, axis by axis."""
-    if not (isinstance(bias, torch.Tensor) and bias.is_floating_point() and _broadcasts(bias, query, key)):
-        raise _misfit("the position bias", bias, "a floating tensor", query, key)
+    if not (isinstance(bias, torch.Tensor) and bias.is_floating_point() and _broadcasts(bias, sizes)):
+        raise _misfit("the position bias", bias, "a floating tensor", sizes)
 
 
-def _broadcasts(tensor: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
-    shape, q = tensor.shape, query.shape
-    return len(shape) == 4 and all(  # noqa: PLR2004 - batch, heads, queries, keys
-        got in (1, size) for got, size in zip(shape, (q[0], q[1], q[2], key.shape[2]), strict=True)
+def _broadcasts(tensor: torch.Tensor, sizes: Sizes) -> bool:
+    if tensor.dim() != 4:  # noqa: PLR2004
+        return False
+    batch, heads, q_length, kv_length = tensor.shape
+    return (
+        batch in (1, sizes[0]) and heads in (1, sizes[1]) and q_length in (1, sizes[2]) and kv_length in (1, sizes[3])
     )
 
 
-def _misfit(what: str, got: Any, wanted: str, query: torch.Tensor, key: torch.Tensor) -> InvalidMaskError:
-    sizes = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+def _misfit(what: str, got: Any, wanted: str, sizes: Sizes) -> InvalidMaskError:
     tensor = isinstance(got, torch.Tensor)
     is_ = f"of dtype {got.dtype} and shape {tuple(got.shape)}" if tensor else f"a {type(got).__name__}"
-    return InvalidMaskError(what, is_, f"{wanted} that broadcasts to {sizes}")
+    return InvalidMaskError(what, is_, f"{wanted} that broadcasts to {tuple(sizes)}")
 
 
 def causality(module: Any, is_causal: bool | None) -> bool:  # noqa: FBT001 - as the contract passes it

@@ -15,7 +15,9 @@ from attnreg import Backend, Capabilities, hookimpl
 from attnreg.builtin.inputs import causality, check_bias, check_inputs, check_mask, mask_of_flags
 from attnreg.masks import sdpa_mask
 
-SUPPORTS = Capabilities(value_head_dim=True, grouped_query=True, position_bias=True, dropout=True, priority=50)
+SUPPORTS = Capabilities(
+    value_head_dim=True, grouped_query=True, is_causal=True, position_bias=True, dropout=True, priority=50
+)
 
 
 def sdpa_attention(
@@ -41,18 +43,21 @@ def sdpa_attention(
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
     """
-    check_inputs(query, key, value)
+    sizes = check_inputs(query, key, value)
+    q_length, kv_length = sizes[2:]
     causal = False
     if attention_mask is not None:
-        check_mask(attention_mask, query, key)
-        attention_mask = _in_torch_terms(attention_mask, query.dtype)
-    elif causality(module, is_causal):
-        causal = position_bias is None and query.shape[2] == key.shape[2] and query.shape[2] != 1
+        check_mask(attention_mask, sizes)
+        if attention_mask.dtype is not torch.bool:
+            attention_mask = _in_torch_terms(attention_mask, query.dtype)
+    elif q_length != 1 and causality(module, is_causal):
+        causal = position_bias is None and q_length == kv_length
         if not causal:
-            lengths = query.shape[2], key.shape[2]
-            attention_mask = mask_of_flags(*lengths, is_causal=True, sliding_window=None, device=query.device)
+            attention_mask = mask_of_flags(
+                q_length, kv_length, is_causal=True, sliding_window=None, device=query.device
+            )
     if position_bias is not None:
-        check_bias(position_bias, query, key)
+        check_bias(position_bias, sizes)
         attention_mask = _with_bias(attention_mask, position_bias.to(query.dtype))
     output = functional.scaled_dot_product_attention(
         query,
@@ -69,8 +74,6 @@ def sdpa_attention(
 
 def _in_torch_terms(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Turn the smallest finite value, which other formatters fill with, into -inf: SDPA gives 0 for a row of those."""
-    if mask.dtype == torch.bool:
-        return mask
     return mask.to(dtype).masked_fill(mask <= torch.finfo(mask.dtype).min, float("-inf"))
 
 

@@ -9,6 +9,7 @@ Nothing here imports torch before a command needs it, so that `doctor` can also 
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -107,6 +108,9 @@ def _options(
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command; an attnreg error is a message, not a traceback."""
+    warnings.filterwarnings(
+        "ignore", message="Failed to initialize NumPy"
+    )  # torch gets by without it, and so does attnreg
     try:
         app(arguments)
     except AttnregError as error:

@@ -14,7 +14,7 @@ from attnreg import reference
 from attnreg.backend import Backend
 from attnreg.capabilities import Capabilities, Request, reasons
 from attnreg.default import default_registry
-from attnreg.errors import AttnregError, BridgeError, InvalidInputError
+from attnreg.errors import AttnregError, BridgeError, InvalidInputError, UnsupportedError
 from attnreg.integrations.transformers import alias, bind
 from attnreg.masks import eager_mask
 
@@ -31,7 +31,13 @@ ORACLE: Final = Backend(
     attention=reference.attention_function,
     mask=eager_mask,
     supports=Capabilities(
-        value_head_dim=True, grouped_query=True, sliding_window=True, softcap=True, sinks=True, position_bias=True
+        value_head_dim=True,
+        grouped_query=True,
+        is_causal=True,
+        sliding_window=True,
+        softcap=True,
+        sinks=True,
+        position_bias=True,
     ),
 )
 
@@ -46,11 +52,6 @@ class Result:
     milliseconds: float | None = None
     deviation: float | None = None
     problem: str = ""
-
-    @property
-    def agrees(self) -> bool:
-        """Whether it agrees with the oracle within the rounding of its dtype."""
-        return self.status == "works"
 
 
 class Embedder:
@@ -118,8 +119,10 @@ class Embedder:
             self._select(alias(name))
             deviation = float((self._embed().double() - oracle).abs().max())
             milliseconds = self._time(repeats)
+        except UnsupportedError as error:
+            return Result(name, "refused", problem="; ".join(map(str, error.reasons)))
         except AttnregError as error:
-            return Result(name, "refused", problem=str(error))
+            return Result(name, "broken", problem=str(error))
         except Exception as error:  # noqa: BLE001 - whatever a kernel raises belongs into its row
             return Result(name, "broken", problem=f"{type(error).__name__}: {error}")
         status = "works" if deviation <= TOLERANCES[self.dtype] else "wrong"

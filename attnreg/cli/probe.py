@@ -58,7 +58,7 @@ def _deviation(backend: Any) -> float:
     query, key, value = (torch.randn(2, count, 16, 64, generator=generator) for count in (heads[0], heads[1], heads[1]))
     real = torch.ones(2, 16, dtype=torch.bool)
     real[0, :5] = False
-    mask = backend.mask(
+    mask = backend.format(
         batch_size=2, q_length=16, kv_length=16, mask_function=causal(), attention_mask=real, dtype=query.dtype
     )
     with torch.no_grad():

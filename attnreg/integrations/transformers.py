@@ -102,7 +102,7 @@ class _Bridge:
             raise BridgeError("transformers", problem, "Rename one, so that they differ in more than case.")
         self.names[key] = backend.name
         AttentionInterface.register(key, backend.call)
-        AttentionMaskInterface.register(key, _formatter(backend.mask))
+        AttentionMaskInterface.register(key, _formatter(backend.format))
         return key
 
     def remove(self, key: str) -> None:

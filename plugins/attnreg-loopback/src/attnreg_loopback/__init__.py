@@ -10,7 +10,9 @@ SUPPORTS = attnreg.Capabilities(devices=frozenset({"cpu", "cuda"}))
 def attention(
     _module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *, scaling: float | None = None, **_: Any
 ) -> tuple[Any, Any]:
-    """Softmax of the masked scores, times the values; the mask is always there, so no flag counts."""
+    """Softmax of the masked scores, times the values; a query without any key gives 0."""
+    if attention_mask is None:
+        raise attnreg.InvalidMaskError("the mask", "None", "what this backend's formatter returns")
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling) + attention_mask
     weights = scores.softmax(-1) * (attention_mask > attention_mask.new_tensor(-1e4)).any(-1, keepdim=True)
     return (weights @ value).transpose(1, 2).contiguous(), None
