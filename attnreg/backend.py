@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from attnreg.capabilities import Capabilities
 from attnreg.errors import InvalidBackendError
@@ -20,7 +20,6 @@ API: Final = 1
 """The version of the contract that this attnreg speaks; a backend says in `api` which one it was written for."""
 
 
-@runtime_checkable
 class AttentionFunction(Protocol):
     """Computes attention for one layer.
 
@@ -49,7 +48,6 @@ class AttentionFunction(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
 
-@runtime_checkable
 class MaskFormatter(Protocol):
     """Turns a mask function and a padding mask into what one backend reads.
 

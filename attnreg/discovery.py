@@ -7,7 +7,9 @@ the value is the module that holds the hook.
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -58,9 +60,11 @@ def scan(*, thorough: bool = False) -> Discovery:
     """
     candidates: set[Candidate] = set()
     faults: list[Fault] = []
-    for distribution in importlib_metadata.distributions():
+    # Entries that do not exist, such as a standard library in a zip file, would only make it import its zip support.
+    path = [entry for entry in sys.path if os.path.exists(entry or os.curdir)]  # noqa: PTH110 - strings, and many
+    for distribution in importlib_metadata.distributions(path=path):
         try:
-            candidates.update(_candidates(distribution, thorough=thorough))
+            candidates.update(_candidates(distribution, path, thorough=thorough))
         except Exception as error:  # noqa: BLE001 - whatever is wrong with it, it is one distribution's fault
             faults.append(Fault(_label(distribution), f"{type(error).__name__}: {error}"))
     return Discovery(tuple(sorted(candidates)), tuple(faults))
@@ -79,25 +83,25 @@ def normalized(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
-def _candidates(distribution: Any, *, thorough: bool) -> Iterator[Candidate]:
+def _candidates(distribution: Any, path: list[str], *, thorough: bool) -> Iterator[Candidate]:
     text = distribution.read_text("entry_points.txt") or ""
     if not text or (GROUP not in text and not thorough):
         return
     entry_points = distribution.entry_points
     ours = [entry_point for entry_point in entry_points if entry_point.group == GROUP]
-    if ours and _is_active(distribution, text):
+    if ours and _is_active(distribution, text, path):
         name, release = _identity(distribution)
         for entry_point in ours:
             yield Candidate(str(entry_point.name), str(entry_point.value), name, release)
 
 
-def _is_active(distribution: Any, text: str) -> bool:
+def _is_active(distribution: Any, text: str, path: list[str]) -> bool:
     """Whether it is the first of its name on `sys.path`; leftovers without metadata do not count at all.
 
     A failed upgrade leaves a second `.dist-info` behind, and one distribution must not conflict with itself.
     """
     mine = _identity(distribution)
-    for other in importlib_metadata.distributions(name=mine[0]) if mine[0] else ():
+    for other in importlib_metadata.distributions(name=mine[0], path=path) if mine[0] else ():
         theirs = _identity(other)
         if theirs[0]:
             return theirs == mine and other.read_text("entry_points.txt") == text

@@ -127,11 +127,12 @@ class Guarded(_ByName):
         self._supports = supports
         self._refused = {keyword: need for keyword, need in KEYWORDS.items() if not getattr(supports, need)}
         self._limits = tuple(check for applies, check in _LIMITS if applies(supports))
+        self._reads_flag = supports.is_causal
 
     @property
     def refuses(self) -> bool:
         """Whether there is anything that it might refuse."""
-        return bool(self._refused or self._limits or not self._supports.is_causal)
+        return bool(self._refused or self._limits or not self._reads_flag)
 
     def __call__(self, module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
         for keyword, asked in kwargs.items():
@@ -140,7 +141,7 @@ class Guarded(_ByName):
         for exceeds in self._limits:
             if exceeds(self._supports, query, key, value):
                 self._judge(module, query, key, value, attention_mask, kwargs)
-        if attention_mask is None and not self._supports.is_causal and _wants_flag(module, query, kwargs):
+        if attention_mask is None and not self._reads_flag and _wants_flag(module, query, kwargs):
             self._judge(module, query, key, value, attention_mask, kwargs)
         return self._attention(module, query, key, value, attention_mask, **kwargs)
 

@@ -94,7 +94,7 @@ def test_imports_point_one_way(path: Path) -> None:
     for module, late in imports(path):
         if not module.startswith("attnreg"):
             continue
-        there = (module.split(".") + [""])[1]
+        there = [*module.split("."), ""][1]
         if there == here or (late and ((here, there) in MAY_WAIT)):
             continue
         assert level[there] < level[here], f"{here or 'attnreg'} must not import {module}"

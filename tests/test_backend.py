@@ -25,13 +25,13 @@ def test_is_frozen() -> None:
     [
         (
             lambda query, key, value: None,
-            "the attention function of 'mine' is <lambda>(query, key, value); it must accept (module, query, key, value, "
-            "attention_mask, **kwargs), because models pass keywords of theirs.",
+            "the attention function of 'mine' is <lambda>(query, key, value); it must accept (module, query, key, value,"
+            " attention_mask, **kwargs), because models pass keywords of theirs.",
         ),
         (
             lambda module, query, key, value, attention_mask, scaling=None: None,
-            "the attention function of 'mine' is <lambda>(module, query, key, value, attention_mask, scaling=None); it "
-            "must accept (module, query, key, value, attention_mask, **kwargs), because models pass keywords of theirs.",
+            "the attention function of 'mine' is <lambda>(module, query, key, value, attention_mask, scaling=None); it must "
+            "accept (module, query, key, value, attention_mask, **kwargs), because models pass keywords of theirs.",
         ),
         (
             "sdpa",
@@ -51,7 +51,6 @@ def test_wrong_attention(function, text: str) -> None:
 def test_wrong_mask() -> None:
     """A formatter that could not be called is refused, with what it must accept."""
     with pytest.raises(InvalidBackendError) as caught:
-        Backend(name="mine", attention=attention, mask=lambda batch_size, **kw: None if kw else batch_size()) and None
         Backend(name="mine", attention=attention, mask=lambda attention_mask: attention_mask)
     assert str(caught.value) == (
         "the mask formatter of 'mine' is <lambda>(attention_mask); it must accept the keywords batch_size, q_length, "

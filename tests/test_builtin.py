@@ -250,8 +250,8 @@ SCORES = "a bool (True = attend) or floating (added to the scores) tensor that b
             {},
             {"position_bias": torch.zeros(1, 4, 7)},
             InvalidMaskError,
-            "the position bias is of dtype torch.float32 and shape (1, 4, 7); wanted: a floating tensor that broadcasts to "
-            "(2, 4, 7, 7).",
+            "the position bias is of dtype torch.float32 and shape (1, 4, 7); wanted: a floating tensor that broadcasts"
+            " to (2, 4, 7, 7).",
         ),
     ],
 )
@@ -286,7 +286,7 @@ def test_position_bias_that_is_boolean_is_no_bias() -> None:
 
 
 def test_sdpa_kernel_keeps_working() -> None:
-    """torch's own context manager chooses among the kernels behind `sdpa`."""
+    """Torch's own context manager chooses among the kernels behind `sdpa`."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     query, key, value = inputs()

@@ -16,7 +16,7 @@ EVERYTHING = Capabilities(
     value_head_dim=True,
     grouped_query=True,
     lossy=True,
-    **{feature: True for feature in FEATURES},
+    **dict.fromkeys(FEATURES, True),
 )
 
 TABLE = [
@@ -126,7 +126,7 @@ def test_request_of_tensors() -> None:
 
 
 def test_torch_spellings() -> None:
-    """torch's own devices and dtypes are taken beside their names."""
+    """Torch's own devices and dtypes are taken beside their names."""
     assert Request(device=torch.device("cuda:1"), dtype=torch.float16) == Request(device="cuda", dtype="float16")
     assert Capabilities(dtypes=[torch.float16]) == Capabilities(dtypes={"float16"})
 

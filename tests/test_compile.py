@@ -1,4 +1,4 @@
-"""`torch.compile(fullgraph=True)`: looking a backend up by name breaks no graph, and registering another recompiles nothing."""
+"""`torch.compile(fullgraph=True)`: a lookup by name breaks no graph, and registering another recompiles nothing."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_thorough_names_what_is_no_concern_of_ours(site) -> None:
 
 
 def test_leftovers_are_no_conflict(site, tmp_path, monkeypatch) -> None:
-    """One distribution does not conflict with its own leftovers: pip's `~name` folders, or a second copy on the path."""
+    """A distribution is in no conflict with its own leftovers: pip's `~name` folders, or a second copy on the path."""
     site.install("attnreg-mine", "2.0", entry_points=ENTRY)
     leftover = site.path / "~ttnreg_mine-1.0.dist-info"
     leftover.mkdir()

@@ -160,8 +160,8 @@ def test_what_is_bound_stays(registry) -> None:
         (
             "ATTNREG_IMPLEMENTATION",
             "spda",
-            "ATTNREG_IMPLEMENTATION='spda': no attention backend is named 'spda', perhaps 'sdpa'. Set it to one of: coarse, "
-            "eager, fast, sdpa.",
+            "ATTNREG_IMPLEMENTATION='spda': no attention backend is named 'spda', perhaps 'sdpa'. Set it to one of: "
+            "coarse, eager, fast, sdpa.",
         ),
         (
             "ATTNREG_IMPLEMENTATION",

@@ -145,7 +145,7 @@ def test_generate(kind, changes, backends, cache) -> None:
 
 @pytest.mark.parametrize(("name", "codes"), [("sdpa", ["softcap"]), ("loopback", ["grouped_query", "softcap"])])
 def test_what_a_backend_cannot_do_is_refused(name, codes) -> None:
-    """Gemma 2's softcap on a backend without one is an error with the reason; transformers' own sdpa path drops masks."""
+    """Gemma 2's softcap on a backend without one is an error with the reason."""
     model = model_of("gemma2", attn_logit_softcapping=50.0, key_value_heads=2)
     with pytest.raises(UnsupportedError) as caught:
         run(model, bridge.alias(name), *left_padded())
@@ -170,7 +170,7 @@ def test_bidirectional_decoders() -> None:
 
 
 def test_names_that_transformers_would_misread() -> None:
-    """A backend whose name contains flash, sdpa or flex_attention is selected like any other: no check of theirs applies."""
+    """A backend whose name contains flash, sdpa or flex_attention is selected like any other."""
     for name in ("my_flash_attn", "fast_sdpa_2", "my_flex_attention", "flash_attention_9"):
         AttentionInterface.register(
             name, reference.attention_function, mask=sdpa_mask, supports=Capabilities(grouped_query=True)
@@ -194,7 +194,7 @@ def test_the_mask_is_never_lost() -> None:
 
 
 def test_config_reaches_the_formatter() -> None:
-    """transformers hands its config on, with sizes and dtype, and mask functions that attnreg knows arrive as records."""
+    """The formatter gets the config, sizes and dtype, and mask functions that attnreg knows arrive as records."""
     seen = {}
 
     def spy(**kwargs):

@@ -14,45 +14,56 @@ Sizes = tuple[int, int, int, int]
 
 def check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Sizes:
     """Return the axes of the scores, or raise `InvalidInputError` if the shapes are not those of the contract."""
-    if query.dim() == key.dim() == value.dim() == 4:  # noqa: PLR2004
+    try:
         batch, heads, q_length, head_dim = query.shape
         key_batch, kv_heads, kv_length, key_dim = key.shape
         value_batch, value_heads, value_length, _ = value.shape
-        if (
-            batch == key_batch == value_batch
-            and kv_heads == value_heads
-            and kv_length == value_length
-            and head_dim == key_dim
-            and kv_heads
-            and heads % kv_heads == 0
-        ):
-            return batch, heads, q_length, kv_length
-    raise InvalidInputError(
-        "the input",
-        f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
-        "query (B, Hq, Sq, D), key (B, Hkv, Sk, D), value (B, Hkv, Sk, Dv), Hq a multiple of Hkv",
-    )
+    except ValueError:
+        raise _wrong_shapes(query, key, value) from None
+    if (
+        batch == key_batch == value_batch
+        and kv_heads == value_heads
+        and kv_length == value_length
+        and head_dim == key_dim
+        and kv_heads
+        and heads % kv_heads == 0
+    ):
+        return batch, heads, q_length, kv_length
+    raise _wrong_shapes(query, key, value)
 
 
 def check_mask(mask: Any, sizes: Sizes) -> None:
     """Raise `InvalidMaskError` unless *mask* is bool or floating and broadcasts over the scores, axis by axis."""
-    good = isinstance(mask, torch.Tensor) and (mask.dtype is torch.bool or mask.is_floating_point())
-    if not (good and _broadcasts(mask, sizes)):
+    if not (_broadcasts(mask, sizes) and (mask.dtype is torch.bool or mask.is_floating_point())):
         raise _misfit("the mask", mask, "a bool (True = attend) or floating (added to the scores) tensor", sizes)
 
 
 def check_bias(bias: Any, sizes: Sizes) -> None:
     """Raise `InvalidMaskError` unless *bias* is floating and broadcasts over the scores, axis by axis."""
-    if not (isinstance(bias, torch.Tensor) and bias.is_floating_point() and _broadcasts(bias, sizes)):
+    if not (_broadcasts(bias, sizes) and bias.is_floating_point()):
         raise _misfit("the position bias", bias, "a floating tensor", sizes)
 
 
-def _broadcasts(tensor: torch.Tensor, sizes: Sizes) -> bool:
-    if tensor.dim() != 4:  # noqa: PLR2004
+def _broadcasts(tensor: Any, sizes: Sizes) -> bool:
+    if not isinstance(tensor, torch.Tensor):
         return False
-    batch, heads, q_length, kv_length = tensor.shape
+    shape = tensor.shape
+    if len(shape) != 4:  # noqa: PLR2004 - as many as `sizes`
+        return False
+    batch, heads, q_length, kv_length = shape
     return (
-        batch in (1, sizes[0]) and heads in (1, sizes[1]) and q_length in (1, sizes[2]) and kv_length in (1, sizes[3])
+        (batch == sizes[0] or batch == 1)
+        and (heads == 1 or heads == sizes[1])
+        and (q_length == sizes[2] or q_length == 1)
+        and (kv_length == sizes[3] or kv_length == 1)
+    )
+
+
+def _wrong_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> InvalidInputError:
+    return InvalidInputError(
+        "the input",
+        f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}",
+        "query (B, Hq, Sq, D), key (B, Hkv, Sk, D), value (B, Hkv, Sk, Dv), Hq a multiple of Hkv",
     )
 
 

@@ -95,10 +95,11 @@ def test_a_plugin_comes_and_goes(wheels: dict[str, Path], tmp_path: Path) -> Non
         0,
         {"eager": "works", "loopback": "works", "sdpa": "works"},
     )
-    code = "import attnreg, torch; q = torch.ones(1, 2, 3, 4); m = attnreg.get('loopback'); " + (
-        "print(m.call(None, q, q, q, m.mask(batch_size=1, q_length=3, kv_length=3))[0].shape, m.origin)"
+    program = (
+        "import attnreg, torch; q = torch.ones(1, 2, 3, 4); m = attnreg.get('loopback'); "
+        "print(m.call(None, q, q, q, m.format(batch_size=1, q_length=3, kv_length=3))[0].shape, m.origin)"
     )
-    done = environment.run("python", "-c", code)
+    done = environment.run("python", "-c", program)
     assert done.stdout.strip() == "torch.Size([1, 3, 2, 4]) attnreg-loopback 0.1.0", done.stderr
 
     demo = environment.run("attnreg", "demo")

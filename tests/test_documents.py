@@ -1,0 +1,58 @@
+"""The documents and examples: what they show is what is there, and what they promise runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attnreg import errors
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("plugins/*/*.md")])
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(example: Path) -> None:
+    """Each example runs to its end, offline, and prints something."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(example)], capture_output=True, text=True, env=environment, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("file", ["pyproject.toml", "src/attnreg_loopback/__init__.py"])
+def test_the_tutorial_shows_the_plugin_as_it_is(file: str) -> None:
+    """The tutorial's finished product is the example plugin, character for character."""
+    source = (ROOT / "plugins" / "attnreg-loopback" / file).read_text()
+    assert source.strip() in (ROOT / "docs" / "write-a-plugin.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    """Every relative link and picture in a page points at a file that exists."""
+    for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)[^)]*\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_readme_has_the_two_commands() -> None:
+    """The command that passes every check is the one that continuous integration runs."""
+    commands = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert len(commands) == 2
+    assert commands[0].endswith("attnreg demo")
+    assert commands[1] in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_error_is_documented() -> None:
+    """The page about errors names each class."""
+    page = (ROOT / "docs" / "errors.md").read_text()
+    for name, value in vars(errors).items():
+        if isinstance(value, type) and issubclass(value, errors.AttnregError):
+            assert name in page, name
