@@ -40,8 +40,7 @@ def types(session: nox.Session) -> None:
     install(session, "types")
     session.run("mypy")
     session.run("pyright", "--pythonpath", str(Path(session.bin) / "python"))
-    session.run(
-    )
+    session.run()
 
 
 @nox.session

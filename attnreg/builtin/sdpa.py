@@ -69,12 +69,24 @@ def sdpa_attention(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    if attention_mask is not None and query.device.type != "cpu":
+        output = output.masked_fill(_without_keys(attention_mask), 0.0)
     return output.transpose(1, 2).contiguous(), None
 
 
 def _in_torch_terms(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Turn the smallest finite value, which other formatters fill with, into -inf: SDPA gives 0 for a row of those."""
     return mask.to(dtype).masked_fill(mask <= torch.finfo(mask.dtype).min, float("-inf"))
+
+
+def _without_keys(mask: torch.Tensor) -> torch.Tensor:
+    """Find the queries that no key is visible to.
+
+    torch's kernels disagree about them: 0 on the CPU and from the memory-efficient kernel, and something finite from
+    cuDNN, which float16 and bfloat16 get on an H200 (torch 2.11).
+    """
+    allowed = mask if mask.dtype is torch.bool else mask != float("-inf")
+    return ~allowed.any(dim=-1, keepdim=True)
 
 
 def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor) -> torch.Tensor:
