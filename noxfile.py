@@ -40,7 +40,6 @@ def types(session: nox.Session) -> None:
     install(session, "types")
     session.run("mypy")
     session.run("pyright", "--pythonpath", str(Path(session.bin) / "python"))
-    session.run()
 
 
 @nox.session

@@ -132,7 +132,7 @@ def _judge(row: Row, request: Request, registry: Registry) -> Candidate:
         else:
             why = (*reasons(backend.supports, request), *reluctance(backend.supports, request))
             return Candidate(row.name, row.origin, backend.supports.priority, why)
-    unavailable = Reason("unavailable", "a usable backend", problem, "See `attnreg doctor`.")
+    unavailable = Reason("unavailable", "a usable backend", "none", f"{problem.rstrip('.')}.")
     return Candidate(row.name, row.origin, 0, (unavailable,))
 
 

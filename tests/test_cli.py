@@ -140,7 +140,7 @@ def test_explain_prints_reasons(capsys) -> None:
     ("arguments", "text"),
     [
         (("explain", "spda"), "attnreg: no attention backend is named 'spda'; did you mean 'sdpa'?"),
-        (("explain", "--need", "softcat"), "softcat: choose from backward, dropout, lse"),
+        (("explain", "--need", "softcat"), "softcat: choose from backward, dropout, is_causal, lse"),
         (("explain", "--mask", "casual"), "casual: choose from bidirectional, blocks, causal"),
         (("explain", "--heads", "many"), "'many' is neither 32 nor 32/8"),
         (("demo", "--dtype", "int8"), "attnreg: dtype is 'int8'; wanted: one of float32, bfloat16, float16."),

