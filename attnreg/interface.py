@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from attnreg.backend import Backend, check_attention, check_mask
+from attnreg.capabilities import Capabilities
 from attnreg.default import default_registry
-from attnreg.errors import AttnregError, MissingMaskFormatterError, NothingToRemoveError
+from attnreg.errors import MissingMaskFormatterError, NothingToRemoveError
+from attnreg.guard import fit
 from attnreg.names import check_base
 
 if TYPE_CHECKING:
-    from attnreg.capabilities import Capabilities
     from attnreg.registry import Registry
 
 
@@ -87,21 +87,17 @@ class _View(MutableMapping[str, Callable[..., Any]]):
         return sorted({*self._own, *self.registry.names()})
 
     def forget(self, name: str) -> None:
-        """*name* means something else from now on; the registry calls this.
-
-        What was in use is looked up anew at once, so that a compiled model finds it and need not load anything.
-        """
+        """*name* means something else from now on; the registry calls this."""
+        self.resolved.pop(name, None)
         self._loaded.pop(name, None)
-        if self.resolved.pop(name, None) is not None:
-            with suppress(AttnregError):
-                self._resolve(name)
 
     def _resolve(self, name: str) -> Callable[..., Any]:
         self._load(name)
         return self._loaded[name]
 
     def _load(self, name: str) -> None:
-        self.resolved[name] = self._loaded[name] = self._look_up(name)
+        with self.registry.lock:
+            self.resolved[name] = self._loaded[name] = self._look_up(name)
 
     # What torch.compiler.assume_constant_result does, without importing torch: a first lookup inside a compiled model
     # runs its lock and its imports while the model is traced, and they are not traced themselves. `_loaded` is for the
@@ -141,7 +137,10 @@ class AttentionMaskInterface(_View):
         self.forget(name)
 
     def _look_up(self, name: str) -> Callable[..., Any]:
-        return self._own[name] if name in self._own else self.registry.get(name).format
+        if name not in self._own:
+            return self.registry.get(name).format
+        supports = self.registry.get(name).supports if name in self.registry else Capabilities()
+        return fit(name, self._own[name], supports)
 
 
 class AttentionInterface(_View):

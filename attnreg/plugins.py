@@ -115,6 +115,8 @@ class PluginFinder:
                 raise
 
     def _load(self, candidate: Candidate) -> list[Backend]:
+        if ":" in candidate.target:
+            raise PluginContractError(*_culprit(candidate), "its entry point names an object, and must name a module")
         collected, self._registrar.staged = self._registrar.staged, []
         module = None
         try:

@@ -52,12 +52,15 @@ class Registry:
 
     Args:
         finder: called once, at the first question that the registry itself cannot answer.
+
+    Attributes:
+        lock: held while anything changes; whoever keeps what it looked up holds it meanwhile.
     """
 
     def __init__(self, finder: Callable[[], Finder] = NoFinder) -> None:
         self._make_finder = finder
         self._finder: Finder | None = None
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._halves: dict[str, _Halves] = {}
         self._found: dict[str, Backend] = {}
         self._ready: dict[str, Backend] = {}
@@ -96,7 +99,7 @@ class Registry:
     def finder(self) -> Finder:
         """The source of backends that nobody registered by hand."""
         if self._finder is None:
-            with self._lock:
+            with self.lock:
                 self._finder = self._finder or self._make_finder()
         return self._finder
 
@@ -151,7 +154,7 @@ class Registry:
         Raises:
             NothingToRemoveError: user code has registered nothing of that name.
         """
-        with self._lock:
+        with self.lock:
             if name not in self._halves:
                 raise NothingToRemoveError(name, "user code", self._provider(name))
             del self._halves[name]
@@ -167,7 +170,7 @@ class Registry:
         parsed = parse(name)
         if parsed.wrappers:
             raise UnknownWrapperError(str(name), parsed.wrappers[0].name, ())
-        with self._lock:
+        with self.lock:
             backend = self._from_user(parsed.base) or self._from_finder(parsed.base)
             if backend is None:
                 raise UnknownBackendError(parsed.base, self.names(), self._unusable())
@@ -194,7 +197,7 @@ class Registry:
         return self._found.get(name)
 
     def _write(self, name: str, new: _Halves, *, replace: bool) -> None:
-        with self._lock:
+        with self.lock:
             old = self._halves.get(name)
             if not replace and (owner := self._conflict(name, old, new)):
                 raise NameTakenError(name, owner, _owner(new), may_replace=True)

@@ -111,6 +111,10 @@ def test_override_of_a_mask_counts() -> None:
         functions["mine"]
     masks["mine"] = formatter
     assert functions["mine"].__wrapped__ is attention
+    masks["mine"] = attnreg.masks.sdpa_mask
+    assert masks["mine"](batch_size=1, q_length=3, kv_length=3) is not None, "nobody declares that it reads is_causal"
+    masks["sdpa"] = attnreg.masks.sdpa_mask
+    assert masks["sdpa"](batch_size=1, q_length=3, kv_length=3) is None
 
 
 def test_overrides_declare_for_themselves() -> None:
@@ -175,7 +179,7 @@ def test_copies(duplicate) -> None:
     original["mine"] = attention
     twin = duplicate(original)
     assert twin["mine"].__wrapped__ is attention
-    assert twin.masks["mine"] is formatter
+    assert twin.masks["mine"].__wrapped__ is formatter
     del twin["mine"]
     assert "mine" in original
     AttentionInterface.register("later", attention, mask=formatter)

@@ -126,6 +126,13 @@ def test_the_cause_is_kept_and_raised_again(site, installed) -> None:
     del sys.runs
 
 
+def test_an_entry_point_names_a_module(site, installed) -> None:
+    """An entry point of the form module:object is refused with what is wanted."""
+    site.install("attnreg-mine", entry_points="[attnreg.backends]\nmine = plugin_mine:register\n")
+    with pytest.raises(PluginContractError, match="its entry point names an object, and must name a module"):
+        installed().get("mine")
+
+
 def test_keyboard_interrupt_is_not_swallowed(site, installed) -> None:
     """The person at the keyboard is not a broken plugin, and may try again."""
     site.plugin("mine", "raise KeyboardInterrupt")
