@@ -12,41 +12,40 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
-from attnreg.backend import API, NO_MASK, AttentionFunction, Backend, MaskFormatter, Origin
-from attnreg.capabilities import STRUCTURES, Capabilities, Reason, Request
-from attnreg.default import default_registry
-from attnreg.errors import (
-    ApiMismatchError,
-    AttnregError,
-    BridgeError,
-    ConfigurationError,
-    DuplicateBackendError,
-    IncompleteBackendError,
-    InvalidBackendError,
-    InvalidInputError,
-    InvalidMaskError,
-    InvalidNameError,
-    MissingAttentionError,
-    MissingMaskFormatterError,
-    NameTakenError,
-    NoBackendError,
-    NothingToRemoveError,
-    PluginContractError,
-    PluginDependencyError,
-    PluginError,
-    PluginImportError,
-    RegistrationError,
-    UnknownBackendError,
-    UnknownWrapperError,
-    UnsupportedError,
-)
-from attnreg.interface import AttentionInterface, AttentionMaskInterface
-from attnreg.registry import Registry
-from attnreg.selection import Explanation, explain, get, names, resolve, use
-
 if TYPE_CHECKING:
     from attnreg import masks, reference
+    from attnreg.backend import API, NO_MASK, AttentionFunction, Backend, MaskFormatter, Origin
+    from attnreg.capabilities import STRUCTURES, Capabilities, Reason, Request
+    from attnreg.default import default_registry
+    from attnreg.errors import (
+        ApiMismatchError,
+        AttnregError,
+        BridgeError,
+        ConfigurationError,
+        DuplicateBackendError,
+        IncompleteBackendError,
+        InvalidBackendError,
+        InvalidInputError,
+        InvalidMaskError,
+        InvalidNameError,
+        MissingAttentionError,
+        MissingMaskFormatterError,
+        NameTakenError,
+        NoBackendError,
+        NothingToRemoveError,
+        PluginContractError,
+        PluginDependencyError,
+        PluginError,
+        PluginImportError,
+        RegistrationError,
+        UnknownBackendError,
+        UnknownWrapperError,
+        UnsupportedError,
+    )
+    from attnreg.interface import AttentionInterface, AttentionMaskInterface
     from attnreg.plugins import Registrar, hookimpl
+    from attnreg.registry import Registry
+    from attnreg.selection import Explanation, explain, get, names, resolve, use
 
 __version__: Final = "0.1.0"
 
@@ -100,17 +99,30 @@ __all__ = [
     "use",
 ]
 
-_LATER: Final = {
-    "Registrar": "attnreg.plugins",
-    "hookimpl": "attnreg.plugins",
-    "masks": "attnreg.masks",
-    "reference": "attnreg.reference",
+_HOMES: Final = {
+    "backend": ("API", "NO_MASK", "AttentionFunction", "Backend", "MaskFormatter", "Origin"),
+    "capabilities": ("STRUCTURES", "Capabilities", "Reason", "Request"),
+    "default": ("default_registry",),
+    "interface": ("AttentionInterface", "AttentionMaskInterface"),
+    "plugins": ("Registrar", "hookimpl"),
+    "registry": ("Registry",),
+    "selection": ("Explanation", "explain", "get", "names", "resolve", "use"),
+    "masks": ("masks",),
+    "reference": ("reference",),
 }
-"""Names that need torch or pluggy: imported when they are first asked for."""
+"""Where each name lives, the errors aside. A module is imported when one of its names is first asked for."""
+
+_HOME: Final = {name: home for home, names_ in _HOMES.items() for name in names_}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _LATER:
+    if name not in __all__:
         raise AttributeError(f"module 'attnreg' has no attribute {name!r}")
-    module = import_module(_LATER[name])
-    return getattr(module, name, module)
+    home = _HOME.get(name, "errors")
+    module = import_module(f"attnreg.{home}")
+    found = globals()[name] = module if name == home else getattr(module, name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

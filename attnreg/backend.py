@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 from attnreg.capabilities import Capabilities
 from attnreg.errors import InvalidBackendError
 from attnreg.guard import fit, guard
-from attnreg.names import check_base
+from attnreg.naming import check_base
 
 if TYPE_CHECKING:
     from collections.abc import Callable

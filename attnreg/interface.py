@@ -18,7 +18,7 @@ from attnreg.capabilities import Capabilities
 from attnreg.default import default_registry
 from attnreg.errors import MissingMaskFormatterError, NothingToRemoveError
 from attnreg.guard import fit
-from attnreg.names import check_base
+from attnreg.naming import check_base
 
 if TYPE_CHECKING:
     from attnreg.registry import Registry

@@ -25,7 +25,7 @@ from attnreg.errors import (
     UnknownWrapperError,
 )
 from attnreg.finder import Finder, NoFinder, Row
-from attnreg.names import check_base, parse
+from attnreg.naming import check_base, parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

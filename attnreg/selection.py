@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from attnreg.capabilities import Reason, Request, reasons, reluctance
 from attnreg.default import default_registry
 from attnreg.errors import AttnregError, ConfigurationError, NoBackendError, UnknownBackendError, UnsupportedError
-from attnreg.names import AUTO
+from attnreg.naming import AUTO
 from attnreg.settings import IMPLEMENTATION, default_implementation
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from attnreg.errors import ConfigurationError, InvalidNameError
-from attnreg.names import AUTO, parse
+from attnreg.naming import AUTO, parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable

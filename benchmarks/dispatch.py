@@ -3,8 +3,8 @@
 Raw is `scaled_dot_product_attention` and the transpose into the output layout, with only the keywords that the case
 needs. The peer is transformers' `sdpa_attention_forward`. Both are bound before the loop, as a model does it.
 
-Budget: attnreg adds less than transformers does in the same run; and 1 µs is the target. "transformers" is what
-transformers adds, and "ratio" how much of that attnreg adds.
+Targets, which fail nothing yet: attnreg adds less than transformers does in the same run, and 1 µs at the most.
+"transformers" is what transformers adds, and "ratio" how much of that attnreg adds.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _measure(case: Case) -> list[Figure]:
     }
     return [
         Figure(what=f"{case.what}: added", rounds=[ours], unit="µs", budget=TARGET, target=True, beside=beside),
-        Figure(what=f"{case.what}: attnreg - transformers", rounds=[ours - theirs], unit="µs", budget=0),
+        Figure(what=f"{case.what}: attnreg - transformers", rounds=[ours - theirs], unit="µs", budget=0, target=True),
     ]
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 import attnreg
+from attnreg import errors
 
 PACKAGE = Path(attnreg.__file__).parent
 
 LAYERS = (
     ("errors",),
-    ("names",),
+    ("naming",),
     ("capabilities", "settings"),
     ("guard",),
     ("backend",),
@@ -148,12 +149,21 @@ def test_all_is_true_and_sorted() -> None:
     assert list(attnreg.__all__) == sorted(
         attnreg.__all__, key=lambda name: (not name.isupper(), not name[0].isupper(), name)
     )
-    public = {
-        name for name, value in vars(attnreg).items() if not name.startswith("_") and type(value).__name__ != "module"
-    } - {"annotations", "Final", "TYPE_CHECKING", "import_module"}
-    assert public | {"Registrar", "hookimpl", "masks", "reference"} == set(attnreg.__all__)
     for name in attnreg.__all__:
         assert getattr(attnreg, name) is not None
+    assert set(dir(attnreg)) == {*attnreg.__all__, "__version__"}
+    every_error = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.AttnregError)
+    }
+    assert every_error < set(attnreg.__all__)
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """Python sets a submodule as an attribute of its package: none may bear the name of something public."""
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    assert modules & set(attnreg.__all__) == {"masks", "reference"}
 
 
 def test_unknown_attribute() -> None:

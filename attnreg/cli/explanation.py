@@ -10,7 +10,7 @@ import typer
 from attnreg.capabilities import FEATURES, STRUCTURES, Request
 from attnreg.cli.output import console, print_json, print_table
 from attnreg.default import default_registry
-from attnreg.names import AUTO
+from attnreg.naming import AUTO
 from attnreg.selection import Candidate, explain
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from attnreg.default import default_registry
 from attnreg.errors import AttnregError, BridgeError
 from attnreg.masks import bidirectional, causal
-from attnreg.names import parse
+from attnreg.naming import parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnreg.errors import InvalidNameError
-from attnreg.names import Wrapper, check_base, parse
+from attnreg.naming import Wrapper, check_base, parse
 
 
 @pytest.mark.parametrize(
