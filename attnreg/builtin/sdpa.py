@@ -69,7 +69,7 @@ def sdpa_attention(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    if attention_mask is not None and query.device.type != "cpu":
+    if attention_mask is not None and not query.is_cpu:
         output = output.masked_fill(_without_keys(attention_mask), 0.0)
     return output.transpose(1, 2).contiguous(), None
 
