@@ -12,11 +12,11 @@ from einops import einsum, rearrange, repeat
 
 from attnreg.errors import InvalidInputError, InvalidMaskError
 from attnreg.masks.dense import dense
-from attnreg.masks.padding import visible_keys
+from attnreg.masks.padded import visible_keys
 from attnreg.masks.predicates import bidirectional, causal
 
 if TYPE_CHECKING:
-    from attnreg.masks.predicates import MaskFunction
+    from attnreg.masks.algebra import MaskFunction
 
 
 class Reference(NamedTuple):

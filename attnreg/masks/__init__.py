@@ -1,11 +1,59 @@
 """Mask functions, and the formatters that turn them into what a backend reads.
 
 A mask function is a predicate `(batch_idx, head_idx, q_idx, kv_idx) -> bool tensor` on absolute indices, True where
-the query may attend to the key; any `mask_mod` of `torch.nn.attention.flex_attention` is one. A formatter combines it
-with a 2D padding mask for one kind of backend.
+the query may attend to the key; any `mask_mod` of `torch.nn.attention.flex_attention` is one, and the built-in ones
+work there. They combine with `&`, `|` and `~`, among themselves and with any callable. A formatter evaluates the
+combination, with a 2D padding mask, for one kind of backend.
 """
 
+from attnreg.masks.algebra import And, MaskFunction, Not, Opaque, Or, Predicate, and_masks, or_masks
 from attnreg.masks.formats import eager_mask, sdpa_mask
-from attnreg.masks.predicates import Bidirectional, Causal, MaskFunction, bidirectional, causal
+from attnreg.masks.predicates import (
+    Bidirectional,
+    Blocks,
+    Causal,
+    Chunked,
+    Documents,
+    Padding,
+    Prefix,
+    Window,
+    bidirectional,
+    blocks,
+    causal,
+    chunked,
+    documents,
+    padding,
+    prefix,
+    sliding_window,
+    window,
+)
 
-__all__ = ["Bidirectional", "Causal", "MaskFunction", "bidirectional", "causal", "eager_mask", "sdpa_mask"]
+__all__ = [
+    "And",
+    "Bidirectional",
+    "Blocks",
+    "Causal",
+    "Chunked",
+    "Documents",
+    "MaskFunction",
+    "Not",
+    "Opaque",
+    "Or",
+    "Padding",
+    "Predicate",
+    "Prefix",
+    "Window",
+    "and_masks",
+    "bidirectional",
+    "blocks",
+    "causal",
+    "chunked",
+    "documents",
+    "eager_mask",
+    "or_masks",
+    "padding",
+    "prefix",
+    "sdpa_mask",
+    "sliding_window",
+    "window",
+]

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnreg.errors import InvalidMaskError
-from attnreg.masks.predicates import Bidirectional, Causal
+from attnreg.masks.algebra import Predicate
 
 if TYPE_CHECKING:
-    from attnreg.masks.predicates import MaskFunction
+    from attnreg.masks.algebra import MaskFunction
 
 _RANK = 4
 
@@ -38,21 +38,24 @@ def dense(
         kv_offset: position of the first key.
         heads: number of query heads; needed only by a mask function that depends on the head.
         device: where to build it.
-        elementwise: the function may be called once on broadcasting index tensors. None: built-in ones are, others
-            are called on scalars through `torch.vmap`, as flex attention does.
+        elementwise: the function may be called once on broadcasting index tensors; predicates say so themselves. All
+            others are called on scalars through `torch.vmap`, as flex attention does.
 
     Returns:
         bool, `(1 or batch_size, 1 or heads, q_length, kv_length)`: an axis that the function does not depend on is 1.
 
     Raises:
-        InvalidMaskError: the function depends on the head and *heads* is None, or its result is no boolean mask.
+        InvalidMaskError: the function depends on the head and *heads* is None, its result is no boolean mask, or a
+            tensor in it does not cover the batch or the positions.
     """
     q_idx = torch.arange(q_length, device=device) + q_offset
     kv_idx = torch.arange(kv_length, device=device) + kv_offset
     # Two stand-in heads are enough to see whether the function looks at the head at all.
     indices = torch.arange(batch_size, device=device), torch.arange(heads or 2, device=device), q_idx, kv_idx
-    if elementwise is None:
-        elementwise = isinstance(mask_function, Causal | Bidirectional)
+    if isinstance(mask_function, Predicate):
+        elementwise = mask_function.elementwise
+        if not isinstance(q_offset, torch.Tensor):
+            mask_function.check_sizes(batch_size, max(q_offset + q_length, kv_offset + kv_length))
     mask = (_broadcast if elementwise else _vmapped)(mask_function, indices)
     if mask.dtype != torch.bool or mask.dim() > _RANK:
         got = f"of dtype {mask.dtype} and shape {tuple(mask.shape)}"

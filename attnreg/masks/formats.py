@@ -13,11 +13,11 @@ import torch
 
 from attnreg.errors import InvalidInputError, InvalidMaskError
 from attnreg.masks.dense import dense
-from attnreg.masks.padding import is_all_real, visible_keys
+from attnreg.masks.padded import is_all_real, visible_keys
 from attnreg.masks.predicates import Bidirectional, Causal, causal
 
 if TYPE_CHECKING:
-    from attnreg.masks.predicates import MaskFunction
+    from attnreg.masks.algebra import MaskFunction
 
 _CAUSAL: Final = causal()
 

@@ -9,7 +9,7 @@ import torch
 from attnreg.errors import InvalidMaskError
 
 if TYPE_CHECKING:
-    from attnreg.masks.predicates import MaskFunction
+    from attnreg.masks.algebra import MaskFunction
 
 
 def visible_keys(
