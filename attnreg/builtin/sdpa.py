@@ -69,9 +69,10 @@ def sdpa_attention(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    if attention_mask is not None and not query.is_cpu:
-        output = output.masked_fill(_without_keys(attention_mask), 0.0)
-    return output.transpose(1, 2).contiguous(), None
+    output = output.transpose(1, 2)
+    if attention_mask is None or query.is_cpu:
+        return output.contiguous(), None
+    return _zeroed(output, attention_mask), None
 
 
 def _in_torch_terms(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -79,14 +80,17 @@ def _in_torch_terms(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return mask.to(dtype).masked_fill(mask <= torch.finfo(mask.dtype).min, float("-inf"))
 
 
-def _without_keys(mask: torch.Tensor) -> torch.Tensor:
-    """Find the queries that no key is visible to.
+def _zeroed(output: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Make *output* contiguous, with 0 for the queries that no key is visible to.
 
-    torch's kernels disagree about them: 0 on the CPU and from the memory-efficient kernel, and something finite from
+    torch's kernels disagree about those: 0 on the CPU and from the memory-efficient kernel, and something finite from
     cuDNN, which float16 and bfloat16 get on an H200 (torch 2.11).
     """
     allowed = mask if mask.dtype is torch.bool else mask != float("-inf")
-    return ~allowed.any(dim=-1, keepdim=True)
+    empty = ~allowed.any(dim=-1, keepdim=True).transpose(1, 2)
+    if output.is_contiguous():  # the kernel keeps its output for the backward pass: not ours to write to
+        return output.masked_fill(empty, 0.0)
+    return output.contiguous().masked_fill_(empty, 0.0)
 
 
 def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor) -> torch.Tensor:
