@@ -14,6 +14,8 @@ from attnreg.cli.output import console, print_json, print_table, progress_consol
 from attnreg.errors import AttnregError
 
 if TYPE_CHECKING:
+    import torch
+
     from attnreg.cli.embedding import Embedder, Result
 
 SENTENCES = (
@@ -37,29 +39,13 @@ def run(*, model: str | None, device: str, dtype: str, repeats: int, as_json: bo
     if model is None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         model = bundled_model()
-    from attnreg.cli.embedding import Embedder, similar_pairs
+    from attnreg.cli.embedding import similar_pairs
+    from attnreg.integrations.transformers import disable
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=progress_console, transient=True, disable=as_json) as progress:
-        task = progress.add_task("loading the model", total=None)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            embedder = Embedder(model, list(SENTENCES), device=device, dtype=dtype)
-        names = embedder.backends()
-        progress.update(task, description="oracle in float64", total=len(names) + 1)
-        oracle = embedder.oracle()
-        progress.advance(task)
-        results = []
-        for name in names:
-            progress.update(task, description=name)
-            results.append(embedder.measure(name, oracle, repeats))
-            progress.advance(task)
+    try:
+        embedder, oracle, results = _measured(model, device=device, dtype=dtype, repeats=repeats, quiet=as_json)
+    finally:
+        disable()
     pairs = similar_pairs(oracle)[:3]
     if as_json:
         found = [{"similarity": score, "sentences": [SENTENCES[i], SENTENCES[j]]} for score, i, j in pairs]
@@ -68,6 +54,34 @@ def run(*, model: str | None, device: str, dtype: str, repeats: int, as_json: bo
         _print(embedder, results, pairs)
     statuses = {result.status for result in results}
     return "works" in statuses and not statuses & {"broken", "wrong"}
+
+
+def _measured(
+    model: str, *, device: str, dtype: str, repeats: int, quiet: bool
+) -> tuple[Embedder, torch.Tensor, list[Result]]:
+    """Run the oracle and every backend, and show what is going on meanwhile."""
+    from attnreg.cli.embedding import Embedder
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=progress_console, transient=True, disable=quiet) as progress:
+        task = progress.add_task("loading the model", total=None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            embedder = Embedder(model, list(SENTENCES), device=device, dtype=dtype)
+        names = embedder.backends()
+        progress.update(task, description="oracle in float64", total=len(names) + 1)
+        oracle = embedder.oracle()
+        results = []
+        for name in names:
+            progress.update(task, description=name, advance=1)
+            results.append(embedder.measure(name, oracle, repeats))
+    return embedder, oracle, results
 
 
 def bundled_model() -> str:
