@@ -7,6 +7,7 @@ show what it returns.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +15,9 @@ from attnreg.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+_DEVICE: Final = re.compile(r"[a-z][a-z0-9_]*")
+_DTYPE: Final = re.compile(r"(b?float|u?int|complex)[0-9][0-9a-z_]*|bool")
 
 STRUCTURES: Final = frozenset(
     {
@@ -75,6 +79,7 @@ class Capabilities:
         dropout: … `dropout`, a probability.
         packing: … `cu_seq_lens_q` and `cu_seq_lens_k` when it is handed no mask.
         paged: … a paged key/value cache.
+        sparse: … `indices` and `block_indices`, the keys that each query selects.
         lse: can return the log-sum-exp of the scores.
         weights: can return the attention weights.
         backward: gradients flow. True unless said otherwise, as in every function written in PyTorch.
@@ -97,6 +102,7 @@ class Capabilities:
     dropout: bool = False
     packing: bool = False
     paged: bool = False
+    sparse: bool = False
     lse: bool = False
     weights: bool = False
     backward: bool = True
@@ -104,10 +110,15 @@ class Capabilities:
     priority: int = 0
 
     def __post_init__(self) -> None:
-        """Accept any iterable of names for the sets, and refuse structures that do not exist."""
+        """Accept any iterable of names for the sets, and refuse what means nothing."""
         for field in ("devices", "dtypes", "structures"):
             object.__setattr__(self, field, _names(field, getattr(self, field)))
         _check_structures(self.structures or ())
+        for device in self.devices or ():
+            _check_word("a device", device, _DEVICE, "a device type, such as cpu or cuda")
+        for dtype in self.dtypes or ():
+            _check_word("a dtype", dtype, _DTYPE, "a torch dtype, such as float32 or bfloat16")
+        _check_numbers(self, at_least_one=("max_head_dim", "head_dim_multiple"), any_integer=("priority",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +144,7 @@ class Request:
     dropout: bool = False
     packing: bool = False
     paged: bool = False
+    sparse: bool = False
     lse: bool = False
     weights: bool = False
     backward: bool = False
@@ -146,6 +158,12 @@ class Request:
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         object.__setattr__(self, "structures", _names("structures", self.structures) or frozenset())
         _check_structures(self.structures)
+        _check_word("device", self.device, _DEVICE, "a device type, such as cpu or cuda")
+        _check_word("dtype", self.dtype, _DTYPE, "a torch dtype, such as float32 or bfloat16")
+        _check_numbers(self, at_least_one=("head_dim", "value_head_dim", "query_heads", "kv_heads"))
+        if self.query_heads is not None and self.kv_heads is not None and self.query_heads % self.kv_heads:
+            heads = f"{self.query_heads} query heads on {self.kv_heads} key/value heads"
+            raise InvalidInputError("the number of heads", heads, "query heads that are a multiple of the others")
 
     @classmethod
     def of(cls, query: Any, key: Any, value: Any, **needs: Any) -> Request:
@@ -176,6 +194,7 @@ FEATURES: Final[dict[str, tuple[str, str]]] = {
     "dropout": ("dropout", "Set the dropout to 0, or choose a backend with dropout, such as eager."),
     "packing": ("cu_seq_lens without a mask", "Build the mask from position_ids with the backend's own formatter."),
     "paged": ("a paged key/value cache", "Choose a paged backend."),
+    "sparse": ("keys selected by indices or block_indices", "Choose a sparse backend, or the model's own attention."),
     "lse": ("the log-sum-exp", "Choose a backend that returns it."),
     "weights": ("the attention weights", "Choose a backend that returns them, such as eager."),
     "backward": ("gradients", "Run it under torch.no_grad(), or choose a backend with a backward pass."),
@@ -193,7 +212,9 @@ def _hardware(supports: Capabilities, request: Request) -> Iterator[Reason]:
         yield Reason(
             "device", request.device, _listed(supports.devices), "Move the tensors, or choose another backend."
         )
-    if supports.dtypes is not None and request.dtype is not None and request.dtype not in supports.dtypes:
+    if request.dtype is not None and not request.dtype.startswith(("float", "bfloat")):
+        yield Reason("dtype", request.dtype, "floating dtypes", "Cast the inputs.")
+    elif supports.dtypes is not None and request.dtype is not None and request.dtype not in supports.dtypes:
         yield Reason("dtype", request.dtype, _listed(supports.dtypes), "Cast the inputs, or choose another backend.")
 
 
@@ -249,6 +270,28 @@ def _names(field: str, value: Iterable[str] | None) -> frozenset[str] | None:
     if isinstance(value, str):
         raise InvalidInputError(field, f"the string {value!r}", f"a set of names, such as {{{value!r}}}")
     return None if value is None else frozenset(str(item).removeprefix("torch.") for item in value)
+
+
+def _check_word(what: str, word: str | None, pattern: re.Pattern[str], wanted: str) -> None:
+    if word is not None and not pattern.fullmatch(word):
+        raise InvalidInputError(what, repr(word), wanted)
+
+
+def _check_numbers(
+    record: Capabilities | Request, *, at_least_one: tuple[str, ...], any_integer: tuple[str, ...] = ()
+) -> None:
+    """Numbers are integers within their range, and whatever else is neither a set nor a word is True or False."""
+    for field in (*at_least_one, *any_integer):
+        number = getattr(record, field)
+        wrong = isinstance(number, bool) or not isinstance(number, int) or (field in at_least_one and number < 1)
+        if wrong and not (number is None and field not in ("head_dim_multiple", "priority")):
+            raise InvalidInputError(
+                field, repr(number), "an integer" + (", 1 or more" if field in at_least_one else "")
+            )
+    for field in (*FEATURES, "grouped_query", "lossy", "allow_lossy"):
+        flag = getattr(record, field, False)
+        if not isinstance(flag, bool):
+            raise InvalidInputError(field, repr(flag), "True or False")
 
 
 def _check_structures(structures: Iterable[str]) -> None:

@@ -11,11 +11,12 @@ turned into a `Request` and judged by `attnreg.capabilities.reasons`, the same e
 from __future__ import annotations
 
 import functools
+import inspect
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast
 
 from attnreg.capabilities import Capabilities, Request, reasons
-from attnreg.errors import UnsupportedError
+from attnreg.errors import InvalidInputError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -32,20 +33,45 @@ KEYWORDS: Final[Mapping[str, str]] = {
     "cu_seq_lens_k": "packing",
     "cache": "paged",
     "block_table": "paged",
+    "indices": "sparse",
+    "block_indices": "sparse",
     "return_lse": "lse",
     "output_attentions": "weights",
 }
 """Keyword of an attention function → the capability it needs. `scaling` every backend honours; `is_causal` has rules of
 its own, because it counts also when nobody passes it."""
 
+FOREIGN: Final[Mapping[str, str]] = {
+    "scale": "scaling",
+    "softmax_scale": "scaling",
+    "sm_scale": "scaling",
+    "dropout_p": "dropout",
+    "attn_mask": "attention_mask",
+    "key_padding_mask": "attention_mask, from the backend's formatter",
+    "head_mask": "nothing: no backend masks heads",
+    "attn_bias": "position_bias",
+    "alibi_slopes": "position_bias",
+    "window_size": "sliding_window",
+    "sinks": "s_aux",
+    "logits_soft_cap": "softcap",
+    "cu_seqlens_q": "cu_seq_lens_q",
+    "cu_seqlens_k": "cu_seq_lens_k",
+    "block_tables": "block_table",
+    "page_table": "block_table",
+    "return_softmax_lse": "return_lse",
+    "return_attn_probs": "output_attentions",
+    "q_descale": "nothing: scale the inputs",
+}
+"""What other libraries call these. A function that does not name such a keyword itself would swallow it unread."""
+
 _IN_THE_MASK: Final = frozenset({"sliding_window", "packing"})
 """A mask that is a tensor is complete: with one at hand, these keywords repeat what it already says."""
 
 _LIMITS: Final[tuple[tuple[Callable[[Capabilities], bool], Check], ...]] = (
     (lambda can: not can.grouped_query, lambda _, query, key, __: query.shape[1] != key.shape[1]),
-    (lambda can: not can.value_head_dim, lambda _, query, __, value: query.shape[3] != value.shape[3]),
-    (lambda can: can.max_head_dim is not None, lambda can, query, *_: query.shape[3] > can.max_head_dim),
-    (lambda can: can.head_dim_multiple != 1, lambda can, query, *_: query.shape[3] % can.head_dim_multiple != 0),
+    (lambda can: not can.value_head_dim, lambda _, query, __, value: query.shape[-1] != value.shape[-1]),
+    (lambda can: can.max_head_dim is not None, lambda can, query, *_: query.shape[-1] > can.max_head_dim),
+    (lambda can: can.head_dim_multiple != 1, lambda can, query, *_: query.shape[-1] % can.head_dim_multiple != 0),
     (lambda can: can.devices is not None, lambda can, query, *_: query.device.type not in (can.devices or ())),
     (
         lambda can: can.dtypes is not None,
@@ -56,9 +82,7 @@ _LIMITS: Final[tuple[tuple[Callable[[Capabilities], bool], Check], ...]] = (
 """For each limit: whether a backend declares it, and whether a call may exceed it. `reasons` has the last word."""
 
 
-def guard(
-    name: str, attention: Callable[..., Any], supports: Capabilities, *, constraints: bool = True
-) -> Callable[..., Any]:
+def guard(name: str, attention: Callable[..., Any], supports: Capabilities, *, constraints: bool = True) -> Guarded:
     """Wrap *attention* so that what *supports* does not declare raises `UnsupportedError`.
 
     Args:
@@ -67,19 +91,19 @@ def guard(
         supports: what it can do.
         constraints: whether causality, windows and packing are a matter of the mask; False for `NO_MASK`, which says
             that the function handles them itself.
-
-    Returns:
-        A `Guarded`, or *attention* itself if there is nothing to refuse.
     """
     if not constraints:
         supports = replace(supports, is_causal=True, sliding_window=True, packing=True)
-    guarded = Guarded(name, attention, supports)
-    return guarded if guarded.refuses else attention
+    return Guarded(name, attention, supports)
 
 
 def fit(name: str, formatter: Callable[..., Any], supports: Capabilities) -> Callable[..., Any]:
-    """Wrap *formatter* so that a function that does not honour `is_causal` is never handed None in place of a mask."""
-    return formatter if supports.is_causal else Fitted(name, formatter)
+    """Wrap *formatter* so that it keeps to what the attention function can do.
+
+    A function that does not honour `is_causal` is never handed None in place of a mask, and a structure that the
+    backend does not declare is refused.
+    """
+    return formatter if supports.is_causal and supports.structures is None else Fitted(name, formatter, supports)
 
 
 class _ByName:
@@ -108,12 +132,28 @@ class _ByName:
 
 
 class Fitted(_ByName):
-    """A mask formatter that is told to leave nothing to the flag `is_causal`."""
+    """A mask formatter that keeps to what the attention function can do; see `fit`."""
 
     half = "format"
 
+    def __init__(self, name: str, formatter: Callable[..., Any], supports: Capabilities) -> None:
+        super().__init__(name, formatter)
+        self._supports = supports
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__wrapped__(*args, **kwargs | {"allow_is_causal_skip": False})
+        if self._supports.structures is not None:
+            self._judge(kwargs.get("mask_function"), kwargs.get("attention_mask"))
+        if not self._supports.is_causal:
+            kwargs["allow_is_causal_skip"] = False
+        return self.__wrapped__(*args, **kwargs)
+
+    def _judge(self, mask_function: Any, attention_mask: Any) -> None:
+        """Refuse structures that are not declared: a function that cannot be read is opaque, no function is causal."""
+        asked = {"causal"} if mask_function is None else set(getattr(mask_function, "structures", {"opaque"}))
+        if attention_mask is not None:
+            asked.add("padding")
+        if found := reasons(self._supports, Request(structures=frozenset(asked))):
+            raise UnsupportedError(self._name, found)
 
 
 class Guarded(_ByName):
@@ -128,16 +168,14 @@ class Guarded(_ByName):
         self._refused = {keyword: need for keyword, need in KEYWORDS.items() if not getattr(supports, need)}
         self._limits = tuple(check for applies, check in _LIMITS if applies(supports))
         self._reads_flag = supports.is_causal
-
-    @property
-    def refuses(self) -> bool:
-        """Whether there is anything that it might refuse."""
-        return bool(self._refused or self._limits or not self._reads_flag)
+        self._foreign = FOREIGN.keys() - _parameters(attention)
 
     def __call__(self, module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
         for keyword, asked in kwargs.items():
             if keyword in self._refused and _is_asked(keyword, asked, key, attention_mask):
                 self._judge(module, query, key, value, attention_mask, kwargs)
+            elif keyword in self._foreign and asked is not None and asked is not False:
+                raise InvalidInputError(f"the keyword {keyword!r}", "not one of attnreg's", FOREIGN[keyword])
         for exceeds in self._limits:
             if exceeds(self._supports, query, key, value):
                 self._judge(module, query, key, value, attention_mask, kwargs)
@@ -161,20 +199,28 @@ class Guarded(_ByName):
 
 
 def _is_asked(keyword: str, value: Any, key: Any, attention_mask: Any) -> bool:
-    """Whether the keyword's value changes the result: None and False never do, nor does a dropout or softcap of 0."""
+    """Whether the keyword's value changes the result: None, False and 0 do not, nor a window that all keys are in."""
     if value is None or value is False:
         return False
     if KEYWORDS[keyword] in _IN_THE_MASK and attention_mask is not None:
         return False
-    if keyword in {"dropout", "softcap"}:
-        return bool(value != 0)
-    return keyword != "sliding_window" or bool(key.shape[2] > value)
+    if not isinstance(value, int | float):
+        return True
+    return bool(key.shape[-2] > value) if keyword == "sliding_window" else value != 0
 
 
 def _wants_flag(module: Any, query: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether causality hides any key from a call without a mask: the last query alone sees them all."""
     is_causal = kwargs.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[2] > 1
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[-2] > 1
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    """Names that *function* has parameters for; a function without a signature has none to go by."""
+    try:
+        return set(inspect.signature(function).parameters)
+    except ValueError:
+        return set()
 
 
 def _wants_gradients(query: Any, key: Any, value: Any) -> bool:

@@ -12,11 +12,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakSet
 
-from attnreg.backend import Backend, check_attention, check_mask
+from attnreg.backend import NO_MASK, Backend, check_attention, check_mask
 from attnreg.capabilities import Capabilities
 from attnreg.default import default_registry
-from attnreg.errors import MissingMaskFormatterError, NothingToRemoveError
+from attnreg.errors import InvalidBackendError, MissingMaskFormatterError, NothingToRemoveError
 from attnreg.guard import fit
 from attnreg.naming import check_base
 
@@ -46,13 +47,15 @@ class _View(MutableMapping[str, Callable[..., Any]]):
         try:
             return self.resolved[name]
         except KeyError:
-            return self._resolve(name)
+            pass  # and not from here, so that what is raised below is the only error that is shown
+        return self._resolve(name)
 
     def __delitem__(self, name: str) -> None:
-        if name not in self._own:
-            raise NothingToRemoveError(name, "this instance")
-        del self._own[name]
-        self.forget(name)
+        with self.registry.lock:
+            if name not in self._own:
+                raise NothingToRemoveError(name, "this instance")
+            del self._own[name]
+            self._overridden(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.valid_keys())
@@ -91,13 +94,25 @@ class _View(MutableMapping[str, Callable[..., Any]]):
         self.resolved.pop(name, None)
         self._loaded.pop(name, None)
 
+    def _overridden(self, name: str) -> None:
+        """Forget, and let nobody publish what was looked up before; the caller holds the lock."""
+        self.registry.generation += 1
+        self.forget(name)
+
     def _resolve(self, name: str) -> Callable[..., Any]:
-        self._load(name)
-        return self._loaded[name]
+        while True:
+            self._load(name)
+            if name in self._loaded:
+                return self._loaded[name]
 
     def _load(self, name: str) -> None:
-        with self.registry.lock:
-            self.resolved[name] = self._loaded[name] = self._look_up(name)
+        while True:
+            generation = self.registry.generation
+            found = self._look_up(name)
+            with self.registry.lock:
+                if generation == self.registry.generation:
+                    self.resolved[name] = self._loaded[name] = found
+                    return
 
     # What torch.compiler.assume_constant_result does, without importing torch: a first lookup inside a compiled model
     # runs its lock and its imports while the model is traced, and they are not traced themselves. `_loaded` is for the
@@ -130,17 +145,41 @@ class AttentionMaskInterface(_View):
         """
         cls.registry.add_mask(name, formatter, replace=replace)
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.fitted: dict[str, Backend | None] = {}
+        self._partners: WeakSet[AttentionInterface] = WeakSet()
+
     def __setitem__(self, name: str, formatter: Callable[..., Any]) -> None:
         check_base(name)
         check_mask(name, formatter)
-        self._own[name] = formatter
-        self.forget(name)
+        with self.registry.lock:
+            self._own[name] = formatter
+            self._overridden(name)
+
+    def pair(self, interface: AttentionInterface) -> None:
+        """Serve *interface*: what it overrides is fitted here, and it forgets what is overridden here."""
+        self._partners.add(interface)
+
+    def _overridden(self, name: str) -> None:
+        super()._overridden(name)
+        for partner in self._partners:
+            partner.forget(name)
 
     def _look_up(self, name: str) -> Callable[..., Any]:
-        if name not in self._own:
+        override = self.fitted.get(name)
+        if name not in self._own and name not in self.fitted:
             return self.registry.get(name).format
-        supports = self.registry.get(name).supports if name in self.registry else Capabilities()
-        return fit(name, self._own[name], supports)
+        if override is not None and name not in self._own:
+            return override.format
+        formatter = self._own[name] if name in self._own else self.registry.get(name).mask
+        supports = override.supports if override is not None else self._supports(name)
+        return formatter if formatter is NO_MASK else fit(name, formatter, supports)
+
+    def _supports(self, name: str) -> Capabilities:
+        """What the function declares: nothing, if an instance overrides it, or nobody has registered it."""
+        registered = name not in self.fitted and name in self.registry
+        return self.registry.get(name).supports if registered else Capabilities()
 
 
 class AttentionInterface(_View):
@@ -160,6 +199,7 @@ class AttentionInterface(_View):
     def __init__(self, masks: AttentionMaskInterface | None = None) -> None:
         super().__init__()
         self.masks = AttentionMaskInterface() if masks is None else masks
+        self.masks.pair(self)
 
     @classmethod
     def register(
@@ -194,10 +234,31 @@ class AttentionInterface(_View):
 
     def __setitem__(self, name: str, function: Callable[..., Any] | Backend) -> None:
         check_base(name)
-        if not isinstance(function, Backend):
+        record = function if isinstance(function, Backend) else None
+        if record is None:
             check_attention(name, function)
-        self._own[name] = function
-        self.forget(name)
+        elif record.name != name:
+            raise InvalidBackendError(name, "record", f"named {record.name!r}", "its name must be that of the override")
+        with self.registry.lock:
+            self._own[name] = function
+            self.masks.fitted[name] = record
+            self._overridden(name)
+
+    def __delitem__(self, name: str) -> None:
+        with self.registry.lock:
+            super().__delitem__(name)
+            self.masks.fitted.pop(name, None)
+            self.masks.forget(name)
+
+    def __contains__(self, name: object) -> bool:
+        own = self._own.get(name) if isinstance(name, str) else None
+        if own is not None and not isinstance(own, Backend):
+            return name in self.masks
+        return super().__contains__(name)
+
+    def valid_keys(self) -> list[str]:
+        """Return the names that can be looked up, sorted; finding them imports no plugin."""
+        return [name for name in super().valid_keys() if name in self]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "masks": self.masks}
@@ -205,6 +266,13 @@ class AttentionInterface(_View):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.masks = state["masks"]
+        self.masks.pair(self)
+        for name, function in self._own.items():
+            self.masks.fitted[name] = function if isinstance(function, Backend) else None
+
+    def _overridden(self, name: str) -> None:
+        super()._overridden(name)
+        self.masks.forget(name)
 
     def _look_up(self, name: str) -> Callable[..., Any]:
         own = self._own.get(name)

@@ -38,7 +38,7 @@ def check_base(name: object) -> str:
     hub = _HUB.fullmatch(name)
     if hub and not any(set(part) == {"."} for part in hub["repo"].split("/")):
         return name
-    if not _BASE.fullmatch(name):
+    if not _BASE.fullmatch(name) or set(name) == {"."}:
         raise InvalidNameError(name, "it is empty" if not name else "it has a part that the grammar does not allow")
     return name
 

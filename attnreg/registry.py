@@ -54,13 +54,16 @@ class Registry:
         finder: called once, at the first question that the registry itself cannot answer.
 
     Attributes:
-        lock: held while anything changes; whoever keeps what it looked up holds it meanwhile.
+        lock: held while anything changes, and never while a plugin is imported: an import may wait for another thread
+            that waits for the lock.
+        generation: counts the changes, so that whoever looked something up can tell that it is out of date.
     """
 
     def __init__(self, finder: Callable[[], Finder] = NoFinder) -> None:
         self._make_finder = finder
         self._finder: Finder | None = None
         self.lock = threading.RLock()
+        self.generation = 0
         self._halves: dict[str, _Halves] = {}
         self._found: dict[str, Backend] = {}
         self._ready: dict[str, Backend] = {}
@@ -81,17 +84,20 @@ class Registry:
         try:
             return self._ready[name]
         except (KeyError, TypeError):
-            return self._resolve(name)
+            pass  # and not from here, so that what is raised below is the only error that is shown
+        return self._resolve(name)
 
     def names(self) -> list[str]:
         """Return the names that can be asked for, sorted; finding them imports no plugin."""
-        incomplete = {name for name, halves in self._halves.items() if self._lacks(name, halves)}
-        return sorted({*self._halves, *self._found, *self.finder.names()} - incomplete)
+        halves, found = self._snapshot()
+        incomplete = {name for name, each in halves.items() if self._lacks(name, each)}
+        return sorted({*halves, *found, *self.finder.names()} - incomplete)
 
     def rows(self) -> list[Row]:
         """Return a row for every name, also for those that cannot be used, with the reason."""
-        mine = {name: self._found_row(name) for name in self._found}
-        mine |= {name: self._own_row(name) for name in self._halves}
+        halves, ready = self._snapshot()
+        mine = {name: Row(name, "ready", str(backend.origin)) for name, backend in ready.items()}
+        mine |= {name: self._own_row(name, each) for name, each in halves.items()}
         found = [row for row in self.finder.rows() if row.name not in mine or row.status == "broken"]
         return sorted([*mine.values(), *found], key=lambda row: (row.name, row.status))
 
@@ -158,11 +164,19 @@ class Registry:
             if name not in self._halves:
                 raise NothingToRemoveError(name, "user code", self._provider(name))
             del self._halves[name]
-            self._changed(name)
+            self.changed(name)
 
     def subscribe(self, listener: Listener) -> None:
         """Tell *listener* of every name whose meaning changes, as long as it lives."""
-        self._listeners.add(listener)
+        with self.lock:
+            self._listeners.add(listener)
+
+    def changed(self, name: str) -> None:
+        """*name* means something else from now on; the caller holds the lock."""
+        self.generation += 1
+        self._ready.pop(name, None)
+        for listener in list(self._listeners):
+            listener.forget(name)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -170,12 +184,14 @@ class Registry:
         parsed = parse(name)
         if parsed.wrappers:
             raise UnknownWrapperError(str(name), parsed.wrappers[0].name, ())
-        with self.lock:
+        while True:
+            generation = self.generation
             backend = self._from_user(parsed.base) or self._from_finder(parsed.base)
             if backend is None:
                 raise UnknownBackendError(parsed.base, self.names(), self._unusable())
-            self._ready[backend.name] = backend
-            return backend
+            with self.lock:
+                if generation == self.generation:
+                    return self._ready.setdefault(backend.name, backend)
 
     def _from_user(self, name: str) -> Backend | None:
         halves = self._halves.get(name)
@@ -192,8 +208,10 @@ class Registry:
 
     def _from_finder(self, name: str) -> Backend | None:
         if name not in self._found:
-            for backend in self.finder.load(name):
-                self._found.setdefault(backend.name, backend)
+            loaded = self.finder.load(name)
+            with self.lock:
+                for backend in loaded:
+                    self._found.setdefault(backend.name, backend)
         return self._found.get(name)
 
     def _write(self, name: str, new: _Halves, *, replace: bool) -> None:
@@ -206,22 +224,25 @@ class Registry:
             elif old is not None and new.mask is None:
                 new.mask = old.mask
             self._halves[name] = new
-            self._changed(name)
+            self.changed(name)
 
     def _conflict(self, name: str, old: _Halves | None, new: _Halves) -> str:
         """Who stands in the way of *new*: a built-in or plugin, or other user code; the same code again never does."""
-        if old is None:
-            return self._provider(name)
-        for before, after in ((old.attention, new.attention), (old.mask, new.mask)):
-            if before is not None and after is not None and before is not after and not _same(before, after):
+        for part in ("attention", "mask"):
+            before, after = getattr(old, part, None), getattr(new, part)
+            if after is None or before is after:
+                continue
+            if before is None and (owner := self._provider(name)):
+                return owner
+            if before is not None and not _same(before, after):
                 return f"user code ({_qualified(before)})"
         return ""
 
-    def _found_row(self, name: str) -> Row:
-        return Row(name, "ready", str(self._found[name].origin))
+    def _snapshot(self) -> tuple[dict[str, _Halves], dict[str, Backend]]:
+        with self.lock:
+            return dict(self._halves), dict(self._found)
 
-    def _own_row(self, name: str) -> Row:
-        halves = self._halves[name]
+    def _own_row(self, name: str, halves: _Halves) -> Row:
         problem = str(_missing_half(name, halves)) if self._lacks(name, halves) else ""
         return Row(name, "incomplete" if problem else "ready", _owner(halves), problem)
 
@@ -234,11 +255,6 @@ class Registry:
 
     def _unusable(self) -> dict[str, str]:
         return {row.name: row.problem for row in self.rows() if row.problem}
-
-    def _changed(self, name: str) -> None:
-        self._ready.pop(name, None)
-        for listener in list(self._listeners):
-            listener.forget(name)
 
 
 def check_record(backend: object, provider: str) -> Backend:

@@ -20,7 +20,7 @@ DISABLE: Final = "ATTNREG_DISABLE"
 ONLY: Final = "ATTNREG_ONLY"
 IMPLEMENTATION: Final = "ATTNREG_IMPLEMENTATION"
 
-_ITEM = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")
+_ITEM = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.@:/-]+)?")
 
 
 def hidden(name: str, distribution: str, normalized: Callable[[str], str]) -> str:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from doubles import CAUSAL, FREE, attention
 
-from attnreg import NO_MASK, Backend, Capabilities, UnsupportedError
-from attnreg.guard import KEYWORDS, guard
+from attnreg import NO_MASK, Backend, Capabilities, InvalidInputError, UnsupportedError, masks
+from attnreg.guard import FOREIGN, KEYWORDS, guard
 from attnreg.masks import sdpa_mask
 
 VALUES = {
@@ -20,6 +20,8 @@ VALUES = {
     "cu_seq_lens_k": torch.tensor([0, 5]),
     "cache": object(),
     "block_table": torch.zeros(1, 1),
+    "indices": torch.zeros(1, 3, 2),
+    "block_indices": torch.zeros(1, 3, 2),
     "return_lse": True,
     "output_attentions": True,
 }
@@ -185,11 +187,37 @@ def test_formatters_leave_nothing_to_a_flag_that_nobody_reads() -> None:
     assert declared.format(**sizes) is None
 
 
-def test_nothing_to_refuse_means_no_wrapper() -> None:
-    """A backend that can do everything is called without anything in between."""
-    features = dict.fromkeys(KEYWORDS.values(), True)
-    everything = Capabilities(grouped_query=True, value_head_dim=True, is_causal=True, **features)
-    assert guard("mine", attention, everything) is attention
+@pytest.mark.parametrize("keyword", sorted(FOREIGN))
+def test_foreign_spellings_are_not_swallowed(keyword) -> None:
+    """What other libraries call a keyword is refused with attnreg's word for it, unless the function asks for it."""
+    spy = Spy()
+    with pytest.raises(InvalidInputError) as caught:
+        guard("mine", spy, Capabilities())(FREE, *tensors(), None, **{keyword: 5.0})
+    assert str(caught.value) == f"the keyword {keyword!r} is not one of attnreg's; wanted: {FOREIGN[keyword]}."
+    assert spy.calls == []
+    guard("mine", spy, Capabilities())(FREE, *tensors(), None, **{keyword: None})
+    namespace: dict = {}
+    exec(f"def mine(m, q, k, v, a, {keyword}=None, **kw): return {keyword}", namespace)  # noqa: S102 - a literal above
+    assert guard("mine", namespace["mine"], Capabilities())(FREE, *tensors(), None, **{keyword: 5.0}) == 5.0
+
+
+def test_structures_are_kept_to() -> None:
+    """A backend that declares its structures is never handed another one, readable or not, nor undeclared padding."""
+    backend = Backend(
+        name="mine", attention=attention, mask=sdpa_mask, supports=Capabilities(structures={"causal", "sliding_window"})
+    )
+    sizes = {"batch_size": 1, "q_length": 3, "kv_length": 3}
+    backend.format(**sizes)
+    backend.format(**sizes, mask_function=masks.causal() & masks.sliding_window(2))
+    for mask_function, missing in (
+        (masks.causal() | masks.sliding_window(2), "opaque"),
+        (masks.causal() & masks.prefix(1), "prefix"),
+        (lambda b, h, q, kv: kv <= q, "opaque"),
+    ):
+        with pytest.raises(UnsupportedError, match=f"mask: wants {missing}; supported: causal, sliding_window"):
+            backend.format(**sizes, mask_function=mask_function)
+    with pytest.raises(UnsupportedError, match="mask: wants padding"):
+        backend.format(**sizes, attention_mask=torch.ones(1, 3).bool())
 
 
 def test_wraps() -> None:

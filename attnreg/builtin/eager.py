@@ -51,6 +51,8 @@ def eager_attention(
         InvalidMaskError: a mask or bias that is neither bool nor floating, or does not broadcast over the scores.
     """
     sizes = check_inputs(query, key, value)
+    if not query.is_floating_point():
+        raise InvalidInputError("the query", f"of dtype {query.dtype}", "a floating dtype")
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

@@ -51,7 +51,8 @@ def sdpa_attention(
         if attention_mask.dtype is not torch.bool:
             attention_mask = _in_torch_terms(attention_mask, query.dtype)
     elif q_length != 1 and causality(module, is_causal):
-        causal = position_bias is None and q_length == kv_length
+        # A conditional, and not the comparison itself: with dynamic lengths that is a symbol, which SDPA does not take.
+        causal = True if position_bias is None and q_length == kv_length else False  # noqa: SIM210
         if not causal:
             attention_mask = mask_of_flags(
                 q_length, kv_length, is_causal=True, sliding_window=None, device=query.device

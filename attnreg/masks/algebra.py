@@ -32,6 +32,11 @@ class Predicate:
         """Whether one call on broadcasting index tensors gives what calls on scalars give."""
         return True
 
+    @property
+    def structures(self) -> frozenset[str]:
+        """The mask structures in it, in the words of `attnreg.STRUCTURES`."""
+        return frozenset({"opaque"})
+
     def check_sizes(self, batch_size: int, end: int) -> None:
         """Raise `InvalidMaskError` unless every tensor in it covers *batch_size* rows and positions up to *end*."""
 
@@ -88,6 +93,11 @@ class _Terms(Predicate):
 @dataclass(frozen=True, slots=True)
 class And(_Terms):
     """Allowed where all terms allow it."""
+
+    @property
+    def structures(self) -> frozenset[str]:
+        """Those of all terms. Of `|` and `~` only a dense mask can tell, so they are opaque."""
+        return frozenset[str]().union(*(term.structures for term in self.terms))
 
     def __call__(
         self, batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor

@@ -19,6 +19,11 @@ _ROWS = 2
 class Causal(Predicate):
     """A query attends to the keys at its own position and before."""
 
+    @property
+    def structures(self) -> frozenset[str]:
+        """Its name among the mask structures."""
+        return frozenset({"causal"})
+
     def __call__(
         self, batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
     ) -> torch.Tensor:
@@ -28,6 +33,11 @@ class Causal(Predicate):
 @dataclass(frozen=True, slots=True)
 class Bidirectional(Predicate):
     """Every query attends to every key."""
+
+    @property
+    def structures(self) -> frozenset[str]:
+        """Its name among the mask structures."""
+        return frozenset({"bidirectional"})
 
     def __call__(
         self, batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
@@ -41,6 +51,11 @@ class Window(Predicate):
 
     left: int | None
     right: int | None
+
+    @property
+    def structures(self) -> frozenset[str]:
+        """Its name among the mask structures."""
+        return frozenset({"sliding_window"})
 
     def __call__(
         self, batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
@@ -56,6 +71,11 @@ class Chunked(Predicate):
 
     size: int
     left_padding: torch.Tensor | None
+
+    @property
+    def structures(self) -> frozenset[str]:
+        """Its name among the mask structures."""
+        return frozenset({"chunked"})
 
     def check_sizes(self, batch_size: int, end: int) -> None:
         """Check the number of rows."""
@@ -77,6 +97,11 @@ class Documents(Predicate):
 
     ids: torch.Tensor
 
+    @property
+    def structures(self) -> frozenset[str]:
+        """Its name among the mask structures."""
+        return frozenset({"documents"})
+
     def check_sizes(self, batch_size: int, end: int) -> None:
         """Check rows and length."""
         _check_table("documents' ids", self.ids, batch_size, end)
@@ -93,6 +118,11 @@ class Blocks(Predicate):
     """A query attends to the keys of its own block, in both directions; a negative id is in no block."""
 
     ids: torch.Tensor
+
+    @property
+    def structures(self) -> frozenset[str]:
+        """Its name among the mask structures."""
+        return frozenset({"blocks"})
 
     def check_sizes(self, batch_size: int, end: int) -> None:
         """Check rows and length."""
@@ -112,6 +142,11 @@ class Padding(Predicate):
 
     real: torch.Tensor
 
+    @property
+    def structures(self) -> frozenset[str]:
+        """Its name among the mask structures."""
+        return frozenset({"padding"})
+
     def check_sizes(self, batch_size: int, end: int) -> None:
         """Check rows and length."""
         _check_table("the padding mask", self.real, batch_size, end)
@@ -127,6 +162,11 @@ class Prefix(Predicate):
     """Every query attends to the first `length` keys; an int, or one for each row."""
 
     length: int | torch.Tensor
+
+    @property
+    def structures(self) -> frozenset[str]:
+        """Its name among the mask structures."""
+        return frozenset({"prefix"})
 
     def check_sizes(self, batch_size: int, end: int) -> None:
         """Check the number of rows."""
