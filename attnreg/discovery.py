@@ -61,13 +61,27 @@ def scan(*, thorough: bool = False) -> Discovery:
     candidates: set[Candidate] = set()
     faults: list[Fault] = []
     # Entries that do not exist, such as a standard library in a zip file, would only make it import its zip support.
-    path = [entry for entry in sys.path if os.path.exists(entry or os.curdir)]  # noqa: PTH110 - strings, and many
-    for distribution in importlib_metadata.distributions(path=path):
+    # What is no string there is of no use to Python's own import either.
+    path = [entry for entry in sys.path if isinstance(entry, str) and os.path.exists(entry or os.curdir)]  # noqa: PTH110
+    for distribution in _distributions(path, faults):
         try:
             candidates.update(_candidates(distribution, path, thorough=thorough))
         except Exception as error:  # noqa: BLE001 - whatever is wrong with it, it is one distribution's fault
             faults.append(Fault(_label(distribution), f"{type(error).__name__}: {error}"))
     return Discovery(tuple(sorted(candidates)), tuple(faults))
+
+
+def _distributions(path: list[str], faults: list[Fault]) -> Iterator[Any]:
+    """Every distribution that a finder yields before it fails, if it does: finders can be anybody's."""
+    found = iter(importlib_metadata.distributions(path=path))
+    while True:
+        try:
+            yield next(found)
+        except StopIteration:
+            return
+        except Exception as error:  # noqa: BLE001 - a finder on sys.meta_path that is not ours
+            faults.append(Fault("a finder of distributions", f"{type(error).__name__}: {error}"))
+            return
 
 
 def version(distribution: str) -> str | None:
@@ -92,7 +106,10 @@ def _candidates(distribution: Any, path: list[str], *, thorough: bool) -> Iterat
     if ours and _is_active(distribution, text, path):
         name, release = _identity(distribution)
         for entry_point in ours:
-            yield Candidate(str(entry_point.name), str(entry_point.value), name, release)
+            target = str(entry_point.value) if entry_point.attr else str(entry_point.module)
+            yield Candidate(str(entry_point.name), target, name, release)
+    elif f"[{GROUP}]" in text and not ours:
+        raise ValueError(f"its entry_points.txt mentions [{GROUP}], but no entry point can be read there")
 
 
 def _is_active(distribution: Any, text: str, path: list[str]) -> bool:
@@ -105,7 +122,7 @@ def _is_active(distribution: Any, text: str, path: list[str]) -> bool:
         theirs = _identity(other)
         if theirs[0]:
             return theirs == mine and other.read_text("entry_points.txt") == text
-    return False
+    return bool(mine[0])  # its folder has another name, so that nothing is found under its own
 
 
 def _identity(distribution: Any) -> tuple[str, str]:
@@ -119,8 +136,8 @@ def _identity(distribution: Any) -> tuple[str, str]:
         field, _, content = line.partition(":")
         if not line.strip():
             break
-        if not headers.get(field, "known"):
-            headers[field] = content.strip()
+        if not headers.get(field.capitalize(), "known"):
+            headers[field.capitalize()] = content.strip()
     return headers["Name"], headers["Version"]
 
 

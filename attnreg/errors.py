@@ -217,9 +217,11 @@ class PluginError(AttnregError):
     target: str
 
     def __init__(self, name: str, distribution: str, target: str, problem: str, remedy: str) -> None:
+        hide = f"To leave it out: ATTNREG_DISABLE={distribution.partition(' ')[0]}."
+        if distribution == "attnreg":  # a built-in, whose trouble is torch's
+            remedy, hide = "See whether `import torch` works; `attnreg doctor` names what breaks it.", ""
         super().__init__(
-            f"backend {name!r} cannot be loaded from {distribution} ({target}): {problem}. {remedy} "
-            f"To leave it out: ATTNREG_DISABLE={distribution.partition(' ')[0]}.",
+            f"backend {name!r} cannot be loaded from {distribution} ({target}): {problem}. {remedy} {hide}".rstrip(),
             name=name,
             distribution=distribution,
             target=target,

@@ -1,7 +1,8 @@
 """Loading plugins: one historic pluggy hook, one plugin at a time, each failure kept as a row.
 
-pluggy is a contract and lifecycle tool here (it validates the hook's signature, and replays the hook for plugins
-that arrive later); it is never on the call path. `PluginFinder` is what the default registry asks.
+pluggy is a contract tool here: it validates the hook's signature, and the hook is historic, so that it runs when its
+module is registered. Each load has a plugin manager of its own, which leaves nothing behind, whatever the hook does;
+pluggy is never on the call path. `PluginFinder` is what the default registry asks.
 
 A plugin is a module that an entry point in the group `attnreg.backends` names, with a hook::
 
@@ -25,13 +26,16 @@ from attnreg.errors import (
     ApiMismatchError,
     AttnregError,
     DuplicateBackendError,
+    InvalidNameError,
     NameTakenError,
     PluginContractError,
     PluginDependencyError,
     PluginError,
     PluginImportError,
+    RegistrationError,
 )
 from attnreg.finder import Row
+from attnreg.naming import check_base
 from attnreg.registry import check_record
 from attnreg.settings import hidden
 
@@ -49,13 +53,27 @@ class Registrar:
     """What a plugin's hook receives as `registry`: it collects, so that a hook that fails half-way adds nothing."""
 
     def __init__(self) -> None:
-        self.staged: list[Backend] = []
+        self.staged: list[Backend] | None = []
 
     def add(self, backend: Backend, *, replace: Literal[False] = False) -> None:
-        """Offer a backend. A plugin replaces nobody, so *replace* can only be False."""
+        """Offer a backend. A plugin replaces nobody, so *replace* can only be False.
+
+        Raises:
+            NameTakenError: *replace* is not False.
+            RegistrationError: the hook has returned; user code registers with `AttentionInterface.register`.
+        """
         if replace:
             raise NameTakenError(backend.name, "somebody else", "a plugin", may_replace=False)
+        if self.staged is None:
+            raise RegistrationError("registry.add is for the hook alone; later, use AttentionInterface.register")
         self.staged.append(backend)
+
+
+class _Loading(threading.local):
+    """What this thread is loading, so that a plugin that asks for itself gets an error and no endless wait."""
+
+    def __init__(self) -> None:
+        self.candidates: tuple[Candidate, ...] = ()
 
 
 class _Spec:
@@ -75,13 +93,12 @@ class PluginFinder:
     def __init__(self, discover: Callable[[], Discovery] = scan, builtins: Iterable[Candidate] = BUILTINS) -> None:
         self._discover = discover
         self._lock = threading.RLock()
+        self._loaded: dict[Candidate, list[Backend]] = {}
+        self._loads: dict[Candidate, threading.RLock] = {}
         self._builtins = {candidate.name: candidate for candidate in builtins}
         self._installed: dict[str, list[Candidate]] | None = None
         self._failures: dict[Candidate, AttnregError] = {}
-        self._registrar = Registrar()
-        self._hooks = pluggy.PluginManager("attnreg")
-        self._hooks.add_hookspecs(_Spec)
-        self._hooks.hook.attnreg_register.call_historic(kwargs={"registry": self._registrar})
+        self._loading = _Loading()
 
     def names(self) -> list[str]:
         """Names that are neither hidden, nor provided twice, nor known to be broken."""
@@ -105,24 +122,34 @@ class PluginFinder:
             return []
         if len(candidates) > 1:
             raise DuplicateBackendError(name, [candidate.provider for candidate in candidates])
+        candidate = candidates[0]
+        if candidate in self._loading.candidates:
+            raise PluginContractError(*_culprit(candidate), "it asks for its own backend while it is being loaded")
         with self._lock:
-            if (failure := self._failures.get(candidates[0])) is not None:
+            one_at_a_time = self._loads.setdefault(candidate, threading.RLock())
+        with one_at_a_time:  # and not one for all: an import may wait for another thread's
+            if (failure := self._failures.get(candidate)) is not None:
                 raise failure.with_traceback(None)
             try:
-                return self._load(candidates[0])
+                if candidate not in self._loaded:
+                    self._loaded[candidate] = self._load(candidate)
+                return self._loaded[candidate]
             except AttnregError as error:
-                self._failures[candidates[0]] = error
+                self._failures[candidate] = error
                 raise
 
     def _load(self, candidate: Candidate) -> list[Backend]:
         if ":" in candidate.target:
             raise PluginContractError(*_culprit(candidate), "its entry point names an object, and must name a module")
-        collected, self._registrar.staged = self._registrar.staged, []
-        module = None
+        registrar, outer = Registrar(), self._loading.candidates
+        hooks = pluggy.PluginManager("attnreg")
+        hooks.add_hookspecs(_Spec)
+        hooks.hook.attnreg_register.call_historic(kwargs={"registry": registrar})
+        self._loading.candidates = (*outer, candidate)
         try:
             module = importlib.import_module(candidate.target)
-            self._hooks.register(module, name=candidate.target)
-            return self._checked(candidate, module)
+            hooks.register(module, name=candidate.target)
+            return self._checked(candidate, registrar.staged or [], has_hook=bool(hooks.get_hookcallers(module)))
         except (PluginError, ApiMismatchError):
             raise
         except AttnregError as error:
@@ -138,28 +165,36 @@ class PluginFinder:
         except BaseException as error:  # SystemExit too: a plugin that quits at import must not end its host
             raise PluginImportError(*_culprit(candidate), error) from error
         finally:
-            self._registrar.staged = collected
-            # pluggy keeps a plugin listed whose historic hook raised.
-            if module is not None and self._hooks.is_registered(module):
-                self._hooks.unregister(module)
+            registrar.staged = None
+            self._loading.candidates = outer
 
-    def _checked(self, candidate: Candidate, module: object) -> list[Backend]:
+    def _checked(self, candidate: Candidate, staged: list[Backend], *, has_hook: bool) -> list[Backend]:
         """Hold what the hook registered against the contract and against the names that the entry points promise."""
-        if not self._hooks.get_hookcallers(module):
+        if not has_hook:
             raise PluginContractError(*_culprit(candidate), "it has no hook attnreg_register")
         provider = candidate.provider.strip() or candidate.target
-        backends = [check_record(backend, provider) for backend in self._registrar.staged]
+        backends = [check_record(backend, provider) for backend in staged]
         registered = [backend.name for backend in backends]
         if candidate.name not in registered:
             problem = (
                 f"its entry point promises {candidate.name!r}, but it registers {', '.join(registered) or 'nothing'}"
             )
             raise PluginContractError(*_culprit(candidate), problem)
+        if len(set(registered)) < len(registered):
+            raise PluginContractError(*_culprit(candidate), f"it registers a name twice: {', '.join(registered)}")
         for name in registered:
             if candidate.distribution and not self._offers(candidate, name):
                 problem = f"it registers {name!r}, but no entry point of its distribution has that name"
                 raise PluginContractError(*_culprit(candidate), problem)
-        return [replace(backend, origin=_origin(candidate)) for backend in backends]
+        served = [backend for backend in backends if self._serves(candidate, backend.name)]
+        return [replace(backend, origin=_origin(candidate)) for backend in served]
+
+    def _serves(self, candidate: Candidate, name: str) -> bool:
+        """Whether *name* is this plugin's to serve: no built-in, not hidden, and nobody else's too."""
+        if name in self._builtins:
+            return self._builtins[name] == candidate
+        visible = self._visible(name)
+        return [(each.target, each.distribution) for each in visible] == [(candidate.target, candidate.distribution)]
 
     def _offers(self, candidate: Candidate, name: str) -> bool:
         return any(
@@ -188,6 +223,10 @@ class PluginFinder:
             return Row(name, "disabled", origin, f"hidden by {variable}")
         if found[0].distribution and name in self._builtins:
             return Row(name, "broken", origin, "a plugin cannot bear the name of a built-in")
+        try:
+            check_base(name)
+        except InvalidNameError as error:
+            return Row(name, "broken", origin, str(error))
         if len(visible) > 1:
             return Row(name, "duplicate", origin, str(DuplicateBackendError(name, [c.provider for c in visible])))
         if (failure := self._failures.get(visible[0])) is not None:

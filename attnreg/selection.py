@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from attnreg.finder import Row
     from attnreg.registry import Registry
 
-_scope: ContextVar[str | None] = ContextVar("attnreg_use", default=None)
+_scope: ContextVar[tuple[tuple[Registry, str], ...]] = ContextVar("attnreg_use", default=())
+"""The `use(...)` blocks that surround this thread or task, the innermost last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +63,16 @@ def names() -> list[str]:
     return default_registry.names()
 
 
-def explain(request: Request | None = None, *, registry: Registry = default_registry) -> Explanation:
+def explain(
+    request: Request | None = None, *, only: str | None = None, registry: Registry = default_registry
+) -> Explanation:
     """Judge every backend against *request*: all reasons of all candidates, and the winner that `auto` would choose.
 
-    Every plugin's module is imported for its capabilities, but no kernel. A plugin that cannot be loaded is a
-    candidate with that reason.
+    With *only*, that backend alone is judged, and no other plugin is imported. Without it, every plugin's module is
+    imported for its capabilities, but no kernel. A plugin that cannot be loaded is a candidate with that reason.
     """
     request = request or Request()
-    found = [_judge(row, request, registry) for row in registry.rows()]
+    found = [_judge(row, request, registry) for row in registry.rows() if only in (None, row.name)]
     ordered = tuple(sorted(found, key=lambda each: (bool(each.reasons), -each.priority, each.name)))
     winner = next((each.name for each in ordered if not each.reasons), None)
     return Explanation(request, ordered, winner)
@@ -90,7 +93,8 @@ def resolve(
         UnsupportedError: the backend named cannot serve the request; holds the reasons. There is no fallback.
         NoBackendError: `auto`, and no backend can; holds every candidate's reasons.
     """
-    name = name or _scope.get() or _from_environment(registry) or AUTO
+    if name is None:
+        name = _from_scope(registry) or _from_environment(registry) or AUTO
     request = request or Request()
     if name != AUTO:
         backend = registry.get(name)
@@ -99,7 +103,10 @@ def resolve(
         return backend
     explanation = explain(request, registry=registry)
     if explanation.winner is None:
-        raise NoBackendError({each.name: each.reasons for each in explanation.candidates})
+        reasons_by_name: dict[str, list[Reason]] = {}
+        for each in explanation.candidates:
+            reasons_by_name.setdefault(each.name, []).extend(each.reasons)
+        raise NoBackendError(reasons_by_name)
     return registry.get(explanation.winner)
 
 
@@ -115,7 +122,7 @@ def use(name: str, *, registry: Registry = default_registry) -> Iterator[None]:
     """
     if name != AUTO:
         registry.get(name)
-    token = _scope.set(name)
+    token = _scope.set((*_scope.get(), (registry, name)))
     try:
         yield
     finally:
@@ -134,6 +141,10 @@ def _judge(row: Row, request: Request, registry: Registry) -> Candidate:
             return Candidate(row.name, row.origin, backend.supports.priority, why)
     unavailable = Reason("unavailable", "a usable backend", "none", f"{problem.rstrip('.')}.")
     return Candidate(row.name, row.origin, 0, (unavailable,))
+
+
+def _from_scope(registry: Registry) -> str | None:
+    return next((name for inside, name in reversed(_scope.get()) if inside is registry), None)
 
 
 def _from_environment(registry: Registry) -> str | None:

@@ -280,6 +280,13 @@ def test_bad_keywords(keywords, text) -> None:
     assert str(caught.value) == text
 
 
+def test_integers_are_no_queries() -> None:
+    """Integer tensors are refused: their weights would be cut to 0 and 1."""
+    query = torch.ones(1, 2, 3, 4, dtype=torch.long)
+    with pytest.raises(InvalidInputError, match=r"the query is of dtype torch.int64; wanted: a floating dtype"):
+        attnreg.get("eager").call(None, query, query, query, None)
+
+
 def test_position_bias_that_is_boolean_is_no_bias() -> None:
     """A boolean bias would be a mask in the wrong place."""
     with pytest.raises(InvalidMaskError, match="the position bias is of dtype torch.bool"):

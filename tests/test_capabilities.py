@@ -149,3 +149,43 @@ def test_bad_declarations(make, text: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         make()
     assert str(caught.value) == text
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: Capabilities(priority="high"), "priority is 'high'; wanted: an integer."),
+        (lambda: Capabilities(priority=None), "priority is None; wanted: an integer."),
+        (lambda: Capabilities(priority=float("nan")), "priority is nan; wanted: an integer."),
+        (lambda: Capabilities(head_dim_multiple=0), "head_dim_multiple is 0; wanted: an integer, 1 or more."),
+        (lambda: Capabilities(max_head_dim="128"), "max_head_dim is '128'; wanted: an integer, 1 or more."),
+        (lambda: Capabilities(softcap="no"), "softcap is 'no'; wanted: True or False."),
+        (lambda: Capabilities(lossy=1), "lossy is 1; wanted: True or False."),
+        (lambda: Capabilities(devices={"cuda:0"}), "a device is 'cuda:0'; wanted: a device type, such as cpu or cuda."),
+        (
+            lambda: Capabilities(dtypes={"half"}),
+            "a dtype is 'half'; wanted: a torch dtype, such as float32 or bfloat16.",
+        ),
+        (lambda: Request(dtype="flaot32"), "dtype is 'flaot32'; wanted: a torch dtype, such as float32 or bfloat16."),
+        (lambda: Request(device="CPU"), "device is 'CPU'; wanted: a device type, such as cpu or cuda."),
+        (lambda: Request(head_dim=-1), "head_dim is -1; wanted: an integer, 1 or more."),
+        (lambda: Request(head_dim="64"), "head_dim is '64'; wanted: an integer, 1 or more."),
+        (
+            lambda: Request(query_heads=7, kv_heads=2),
+            "the number of heads is 7 query heads on 2 key/value heads; wanted: query heads that are a multiple of the "
+            "others.",
+        ),
+    ],
+)
+def test_values_that_mean_nothing(make, text: str) -> None:
+    """A declaration or a request with a value of the wrong kind is refused where it is made, not where it is read."""
+    with pytest.raises(InvalidInputError) as caught:
+        make()
+    assert str(caught.value) == text
+
+
+def test_integers_are_no_attention() -> None:
+    """Only floating dtypes can be asked for, whatever a backend declares."""
+    assert [str(reason) for reason in reasons(EVERYTHING, Request(dtype=torch.int64))] == [
+        "dtype: wants int64; supported: floating dtypes. Cast the inputs."
+    ]

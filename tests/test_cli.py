@@ -59,6 +59,12 @@ PROBED = {
     "quitter": ("import sys; sys.exit(0)", "broken", "it raised SystemExit: 0"),
     "raiser": ("raise OSError('undefined symbol')", "broken", "it raised OSError: undefined symbol"),
     "hanger": ("import time; time.sleep(600)", "hangs", "no answer within 20 s"),
+    "noisy": (
+        "import sys; sys.stderr.buffer.write(b'\\xff\\xfe'); print('{}', flush=True); import os; os._exit(0)",
+        "crashed",
+        "its process ended with exit code 0",
+    ),
+    "late": (GOOD.format(name="late") + "    import atexit; atexit.register(print, 42)", "wrong", "deviates"),
     "needy": ("import no_such_kernel", "broken", "it imports 'no_such_kernel', which is not installed"),
     "cuda": (
         GOOD.format(name="cuda").replace("mask=mask)", "mask=mask, supports=attnreg.Capabilities(devices={'cuda'}))"),
@@ -83,6 +89,27 @@ def test_doctor(site) -> None:
     assert rows["sdpa"]["deviation"] < 1e-5
     assert "no_such_kernel" in rows["needy"]["traceback"]
     assert report["machine"]["torch"].startswith("2.")
+
+
+def test_doctor_looks_away_from_the_current_folder(tmp_path) -> None:
+    """A file torch.py where the command is run is nobody's torch."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('boo')")
+    command = [str(Path(sys.executable).with_name("attnreg")), "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300)
+    assert {row["status"] for row in json.loads(done.stdout)["backends"]} == {"works"}
+
+
+def test_explain_judges_the_named_backend_alone(site) -> None:
+    """A plugin that ends the process, or prints at import, is no concern of `explain` for another."""
+    site.plugin("deadly", "import os; os._exit(9)")
+    done = in_a_process("explain", "sdpa", "--json", site=site.path)
+    assert (done.returncode, json.loads(done.stdout)["winner"]) == (0, "sdpa")
+    site.plugin("chatty", "print('hello')\n" + GOOD.format(name="chatty"))
+    done = in_a_process("explain", "chatty", "--json", site=site.path)
+    assert (done.returncode, json.loads(done.stdout)["winner"]) == (0, "chatty")
+    site.plugin("raiser", "raise OSError('undefined symbol')")
+    done = in_a_process("explain", "raiser", "--json", site=site.path)
+    assert (done.returncode, json.loads(done.stdout)["winner"]) == (1, None)
 
 
 def test_doctor_names_what_breaks_torch(site) -> None:
@@ -143,6 +170,8 @@ def test_explain_prints_reasons(capsys) -> None:
         (("explain", "--need", "softcat"), "softcat: choose from backward, dropout, is_causal, lse"),
         (("explain", "--mask", "casual"), "casual: choose from bidirectional, blocks, causal"),
         (("explain", "--heads", "many"), "'many' is neither 32 nor 32/8"),
+        (("explain", "--heads", "7/2"), "the number of heads is 7 query heads on 2 key/value heads"),
+        (("explain", "--dtype", "flaot32"), "dtype is 'flaot32'; wanted: a torch dtype"),
         (("demo", "--dtype", "int8"), "attnreg: dtype is 'int8'; wanted: one of float32, bfloat16, float16."),
         (("demo", "--model", "/no/such/folder"), "attnreg: transformers: it cannot load '/no/such/folder' on cpu: "),
         (("demo", "--device", "nonsense"), "on nonsense: "),

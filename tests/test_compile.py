@@ -84,3 +84,21 @@ def test_refusal_inside_a_graph() -> None:
     query = torch.randn(1, 1, 2, 8)
     with pytest.raises(Exception, match="softcap"):
         torch.compile(capped, backend="eager", fullgraph=True)(query, query, query)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("masked", [False, True], ids=["flags", "mask"])
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_lengths_may_vary(name, masked, dynamic) -> None:
+    """One graph serves further lengths, and is right for each."""
+    interface = AttentionInterface()
+
+    def attend(query, key, value, mask):
+        return interface[name](None, query, key, value, mask, is_causal=True)[0]
+
+    compiled = torch.compile(attend, fullgraph=True, backend="eager", dynamic=dynamic)
+    for length in (5, 6, 7, 9):
+        query, key, value = torch.randn(2, 4, length, 8), torch.randn(2, 2, length, 8), torch.randn(2, 2, length, 8)
+        mask = sdpa_mask(2, length, length, allow_is_causal_skip=False) if masked else None
+        expected = reference.attention(query, key, value, is_causal=True).output
+        torch.testing.assert_close(compiled(query, key, value, mask).double(), expected, rtol=0, atol=2e-5)

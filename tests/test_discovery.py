@@ -90,3 +90,45 @@ def test_version(site) -> None:
 def test_normalized() -> None:
     """Distribution names are compared as PEP 503 says."""
     assert normalized("Attnreg_Flash.2") == "attnreg-flash-2"
+
+
+def test_odd_paths_and_finders(site, monkeypatch) -> None:
+    """Entries of sys.path that are no strings, and somebody else's finder that fails, cost nothing."""
+
+    class Finder:
+        @staticmethod
+        def find_spec(*_):
+            return None
+
+        @staticmethod
+        def find_distributions(_context):
+            raise RuntimeError("somebody else's finder")
+
+    site.install("attnreg-mine", entry_points=ENTRY)
+    monkeypatch.setattr(sys, "path", [None, 3, b"bytes", *sys.path])
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder])
+    assert [each.name for each in found(site)] == ["mine"]
+    assert any("somebody else's finder" in fault.problem for fault in scan().faults)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ["metadata-version: 2.1\nname: attnreg-mine\nversion: 1.0\n", "Name: another-name\nVersion: 1.0\n"],
+    ids=["lower case", "another name than its folder"],
+)
+def test_unusual_metadata_is_read(site, metadata: str) -> None:
+    """Header names in lower case, and a name that is not the folder's, hide no plugin."""
+    site.install("attnreg-mine", entry_points=ENTRY, metadata=metadata)
+    assert [each.name for each in found(site)] == ["mine"]
+
+
+def test_extras_are_no_part_of_the_module(site) -> None:
+    """The old form `module [extra]` names the module."""
+    site.install("attnreg-mine", entry_points="[attnreg.backends]\nmine = plugin_mine [cuda]\n")
+    assert [each.target for each in found(site)] == ["plugin_mine"]
+
+
+def test_an_unreadable_group_of_ours_is_a_fault(site) -> None:
+    """A plugin does not vanish without a word because of a byte order mark."""
+    site.install("attnreg-mine", entry_points=b"\xef\xbb\xbf" + ENTRY.encode())
+    assert any("attnreg-mine" in fault.distribution for fault in scan().faults)

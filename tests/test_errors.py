@@ -91,6 +91,11 @@ TEXTS = [
         "shows every plugin's state; report this to the plugin's authors. To leave it out: ATTNREG_DISABLE=attnreg-x.",
     ),
     (
+        errors.PluginImportError("sdpa", "attnreg", "attnreg.builtin.sdpa", TypeError("bad entry point")),
+        "backend 'sdpa' cannot be loaded from attnreg (attnreg.builtin.sdpa): it raised TypeError: bad entry point. See "
+        "whether `import torch` works; `attnreg doctor` names what breaks it.",
+    ),
+    (
         errors.PluginContractError("x", "attnreg-x 1.0", "attnreg_x", "it has no hook"),
         "backend 'x' cannot be loaded from attnreg-x 1.0 (attnreg_x): it has no hook. Report this to the plugin's "
         "authors. To leave it out: ATTNREG_DISABLE=attnreg-x.",

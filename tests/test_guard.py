@@ -220,6 +220,14 @@ def test_structures_are_kept_to() -> None:
         backend.format(**sizes, attention_mask=torch.ones(1, 3).bool())
 
 
+def test_a_wrong_rank_reaches_the_clear_error() -> None:
+    """The guard looks at shapes without falling over them."""
+    query = torch.zeros(2, 3, 8)
+    guard("mine", Spy(), Capabilities(devices={"cpu"}, max_head_dim=8))(
+        FREE, query, query, query, None, sliding_window=5
+    )
+
+
 def test_wraps() -> None:
     """The guarded function keeps the name of the function, which is its `__wrapped__`."""
     guarded = guard("mine", attention, Capabilities())

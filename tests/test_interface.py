@@ -6,6 +6,7 @@ import copy
 import pickle
 
 import pytest
+import torch
 from doubles import FREE, attention, formatter
 
 import attnreg
@@ -44,8 +45,6 @@ def test_seed_form_with_open_arguments() -> None:
 
     AttentionInterface.register("my_new_sdpa", my_new_sdpa)
     AttentionMaskInterface.register("my_new_sdpa", attnreg.masks.sdpa_mask)
-    import torch
-
     query = torch.zeros(1, 2, 3, 4)
     AttentionInterface()["my_new_sdpa"](FREE, query, query, query, None, scaling=1.0, a_new_kwargs="passes")
     assert calls == [5]
@@ -119,8 +118,6 @@ def test_override_of_a_mask_counts() -> None:
 
 def test_overrides_declare_for_themselves() -> None:
     """What the registry's backend declares is not proved for the function that overrides it."""
-    import torch
-
     query = torch.zeros(1, 2, 3, 4)
     interface = AttentionInterface()
     interface["eager"] = attention
@@ -212,3 +209,73 @@ def test_what_is_bound_to_a_module_is_pickled_by_name() -> None:
     functions.masks["own"] = formatter
     with pytest.raises(attnreg.AttnregError, match="backend 'own' is not what the default registry holds"):
         pickle.dumps(functions["own"])
+
+
+def test_an_override_and_its_formatter_are_one_pair() -> None:
+    """Whatever is overridden, function or record or formatter, what the two views return fits together."""
+    sizes = {"batch_size": 1, "q_length": 3, "kv_length": 3}
+    functions = AttentionInterface()
+    functions["sdpa"] = attention
+    assert functions.masks["sdpa"](**sizes) is not None, "the overriding function does not declare is_causal"
+    functions["sdpa"](None, *[torch.zeros(1, 1, 3, 4)] * 3, functions.masks["sdpa"](**sizes))
+    record = Backend(
+        name="eager", attention=attention, mask=attnreg.masks.sdpa_mask, supports=Capabilities(is_causal=True)
+    )
+    functions["eager"] = record
+    assert functions.masks["eager"] is attnreg.masks.sdpa_mask
+    del functions["eager"]
+    del functions["sdpa"]
+    assert functions.masks["eager"] is attnreg.masks.eager_mask
+    assert functions.masks["sdpa"](**sizes) is None
+    with pytest.raises(
+        InvalidBackendError, match="the record of 'mine' is named 'eager'; its name must be that of the"
+    ):
+        functions["mine"] = record
+
+
+def test_half_an_override_is_no_member() -> None:
+    """An overriding function without any formatter refuses to run, also when it loses the one it had."""
+    functions = AttentionInterface()
+    functions["mine"] = attention
+    assert "mine" not in functions
+    assert "mine" not in functions.valid_keys()
+    functions.masks["mine"] = formatter
+    assert "mine" in functions
+    assert functions["mine"].__wrapped__ is attention
+    del functions.masks["mine"]
+    with pytest.raises(MissingMaskFormatterError):
+        functions["mine"]
+
+
+def test_an_override_made_during_a_slow_lookup_wins() -> None:
+    """What was looked up before a change is not published after it."""
+
+    class Slow(attnreg.Registry):
+        def get(self, name):
+            found = super().get(name)
+            if hook := hooks.pop() if hooks else None:
+                hook()
+            return found
+
+    class Mine(AttentionInterface):
+        registry = Slow()
+
+    Mine.register("mine", attention, mask=formatter)
+    interface = Mine()
+
+    def other(module, query, key, value, attention_mask, **kwargs):
+        return None
+
+    interface.masks["mine"] = formatter
+    hooks = [lambda: interface.__setitem__("mine", other)]
+    assert interface["mine"].__wrapped__ is other
+    hooks = [lambda: Mine.register("mine", other, replace=True)]
+    del interface["mine"]
+    assert interface["mine"].__wrapped__ is other
+
+
+def test_a_typo_is_one_error() -> None:
+    """The error for an unknown name is not chained to lookups that are nobody's concern."""
+    with pytest.raises(UnknownBackendError) as caught:
+        AttentionInterface()["spda"]
+    assert caught.value.__context__ is None

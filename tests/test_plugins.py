@@ -224,12 +224,109 @@ def test_one_distribution_with_two_backends(site, installed) -> None:
     assert [registry.get(name).name for name in ("two", "one")] == ["two", "one"]
 
 
-def test_the_hook_runs_once_and_pluggy_keeps_nothing(site, installed) -> None:
-    """A plugin is registered with pluggy only while it is loaded: nothing of it can reach the call path."""
-    site.plugin("mine", GOOD.format(name="mine"))
-    site.plugin("bad", GOOD.format(name="bad") + "    raise ValueError")
+def test_names_that_are_not_the_plugins_to_serve(site, installed, monkeypatch) -> None:
+    """Loading one name of a module opens no back door: built-ins, hidden names and duplicates stay what they are."""
+    code = GOOD.format(name="one") + "".join(
+        f"    registry.add(attnreg.Backend(name={name!r}, attention=attention, mask=mask))\n"
+        for name in ("sdpa", "shared", "secret")
+    )
+    names = "\n".join(f"{name} = plugin_many" for name in ("one", "sdpa", "shared", "secret"))
+    site.install("attnreg-many", entry_points=f"[attnreg.backends]\n{names}\n", modules={"plugin_many": code})
+    site.plugin("shared", GOOD.format(name="shared"), distribution="other-shared")
+    monkeypatch.setenv("ATTNREG_DISABLE", "secret")
     registry = installed()
-    registry.get("mine")
-    with pytest.raises(PluginImportError):
-        registry.get("bad")
-    assert registry.finder._hooks.get_plugins() == set()
+    assert str(registry.get("one").origin) == "attnreg-many 1.0"
+    assert str(registry.get("sdpa").origin) == "attnreg itself"
+    with pytest.raises(DuplicateBackendError):
+        registry.get("shared")
+    with pytest.raises(UnknownBackendError, match="hidden by ATTNREG_DISABLE"):
+        registry.get("secret")
+
+
+NASTY = [
+    (
+        "    registry.add(attnreg.Backend(name='mine', attention=attention, mask=mask))",
+        "it registers a name twice: mine",
+    ),
+    (
+        "    attnreg.default_registry\n    import sys\n    sys.asked.get('mine')",
+        "it asks for its own backend while it is",
+    ),
+]
+
+
+@pytest.mark.parametrize(("more", "text"), NASTY, ids=["twice", "itself"])
+def test_nasty_hooks(site, installed, monkeypatch, more: str, text: str) -> None:
+    """A hook that registers a name twice, or asks for itself, is refused with what it did."""
+    import sys
+
+    site.plugin("mine", GOOD.format(name="mine") + more)
+    registry = installed()
+    monkeypatch.setattr(sys, "asked", registry, raising=False)
+    with pytest.raises(PluginContractError, match=text):
+        registry.get("mine")
+
+
+def test_a_registrar_is_for_its_hook(site, installed, monkeypatch) -> None:
+    """A registrar that a plugin kept takes nothing once the hook has returned: nothing would come of it."""
+    import sys
+
+    site.plugin("mine", GOOD.format(name="mine") + "    import sys\n    sys.kept = registry")
+    monkeypatch.setattr(sys, "kept", None, raising=False)
+    backend = installed().get("mine")
+    with pytest.raises(attnreg.RegistrationError, match=r"registry.add is for the hook alone; later, use Attention"):
+        sys.kept.add(backend)
+
+
+def test_names_outside_the_grammar_are_rows(site, installed) -> None:
+    """An entry point that no name can reach is a broken row, and is not offered."""
+    site.install("attnreg-odd", entry_points="[attnreg.backends]\npaged|x = plugin_odd\n")
+    registry = installed()
+    assert registry.names() == ["eager", "sdpa"]
+    row = next(row for row in registry.rows() if row.name == "paged|x")
+    assert row.status == "broken"
+    assert row.problem.startswith("'paged|x' is no backend name")
+
+
+def test_no_deadlock_between_an_import_and_a_load(site, installed) -> None:
+    """One thread imports a module that registers a backend, while another loads a plugin that imports that module."""
+    import sys
+    import threading
+
+    shared = "import sys, time\ntime.sleep(0.3)\nsys.asked.add_attention('theirs', lambda *a, **k: None)\n"
+    site.plugin("mine", "import plugin_shared\n" + GOOD.format(name="mine"))
+    (site.path / "plugin_shared.py").write_text(shared)
+    registry = installed()
+    sys.asked = registry
+    registry.names()
+    threads = [
+        threading.Thread(target=__import__, args=("plugin_shared",), daemon=True),
+        threading.Thread(target=registry.get, args=("mine",), daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    del sys.asked
+    assert not any(thread.is_alive() for thread in threads)
+    assert registry.get("mine").name == "mine"
+
+
+def test_two_threads_load_one_plugin_once(site, installed) -> None:
+    """Both get the one record, and the module runs once."""
+    import sys
+    import threading
+
+    site.plugin("mine", "import sys, time\ntime.sleep(0.2)\nsys.runs.append(1)\n" + GOOD.format(name="mine"))
+    registry = installed()
+    sys.runs = []
+    found: list[object] = []
+    threads = [threading.Thread(target=lambda: found.append(registry.get("mine"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(found) == 4
+    assert all(each is found[0] for each in found)
+    assert sys.runs == [1]
+    del sys.runs

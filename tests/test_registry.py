@@ -308,3 +308,63 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)
+
+
+@pytest.mark.parametrize("mask_first", [True, False])
+def test_replacing_one_half_does_not_open_the_other(registry: Registry, mask_first: bool) -> None:
+    """replace=True for one half of a built-in is no permission for the other."""
+    first, second = (
+        (
+            lambda **kw: registry.add_mask("sdpa", formatter, **kw),
+            lambda **kw: registry.add_attention("sdpa", other, **kw),
+        )
+    )[:: 1 if mask_first else -1]
+    first(replace=True)
+    with pytest.raises(NameTakenError, match="'sdpa' belongs to attnreg itself"):
+        second()
+    second(replace=True)
+
+
+def test_reading_while_others_write(registry: Registry) -> None:
+    """Listing, looking up and subscribing go on while another thread registers and removes."""
+    import sys
+
+    class Mine(attnreg.AttentionInterface):
+        pass
+
+    Mine.registry = registry
+    registry.add_attention("shared", attention, mask=formatter)
+    errors: list[BaseException] = []
+    done = threading.Event()
+    interface = Mine()
+
+    def write() -> None:
+        for turn in range(300):
+            registry.add_attention(f"name_{turn % 7}", attention, mask=formatter, replace=True)
+            registry.add_attention("shared", other if turn % 2 else attention, mask=formatter, replace=True)
+            if turn % 3 == 0:
+                registry.remove(f"name_{turn % 7}")
+        done.set()
+
+    def read() -> None:
+        try:
+            while not done.is_set():
+                registry.names()
+                registry.rows()
+                Mine()
+                assert interface["shared"].__wrapped__ in (attention, other)
+        except BaseException as error:  # noqa: BLE001 - reported below
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for work in (write, read, read)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
+    assert interface["shared"].__wrapped__ is registry.get("shared").attention

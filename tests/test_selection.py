@@ -146,14 +146,6 @@ def test_use_is_of_one_thread(registry) -> None:
     assert seen == {"eager": "eager", "sdpa": "sdpa", "none": "fast"}
 
 
-def test_what_is_bound_stays(registry) -> None:
-    """use() acts where a name is resolved; a function that is already bound does not change under its feet."""
-    interface = AttentionInterface()
-    bound = interface["eager"]
-    with use("sdpa"):
-        assert interface["eager"] is bound
-
-
 @pytest.mark.parametrize(
     ("variable", "value", "text"),
     [
@@ -189,3 +181,37 @@ def test_top_level_names() -> None:
     """`attnreg.names` and `attnreg.get` read the default registry."""
     assert {"eager", "sdpa"} <= set(attnreg.names())
     assert attnreg.get("sdpa") is attnreg.default_registry.get("sdpa")
+
+
+def test_an_empty_name_is_no_name(registry) -> None:
+    """An empty string is not "no name given"."""
+    with pytest.raises(attnreg.InvalidNameError, match="it is empty"):
+        resolve("", registry=registry)
+
+
+def test_use_is_of_one_registry(registry) -> None:
+    """What is used in one registry says nothing about another."""
+    with use("coarse", registry=registry), use("sdpa"):
+        assert resolve(registry=registry).name == "coarse"
+        assert resolve().name == "sdpa"
+
+
+def test_use_in_tasks() -> None:
+    """Two asyncio tasks inside two scopes do not see each other's."""
+    import asyncio
+
+    async def work(name: str) -> str:
+        with use(name):
+            await asyncio.sleep(0.01)
+            return resolve().name
+
+    async def both() -> list[str]:
+        return await asyncio.gather(work("eager"), work("sdpa"))
+
+    assert asyncio.run(both()) == ["eager", "sdpa"]
+
+
+def test_one_candidate_alone(registry) -> None:
+    """With `only`, nobody else is judged."""
+    explanation = explain(only="sdpa", registry=registry)
+    assert [each.name for each in explanation.candidates] == ["sdpa"]

@@ -271,6 +271,133 @@ def test_compiles_as_one_graph() -> None:
     torch._dynamo.reset()
 
 
+SMALL = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("ClapTextModel", SMALL),  # a bidirectional encoder whose module does not say so
+        (
+            "NllbMoeModel",  # a decoder whose module says that it is bidirectional
+            {
+                "vocab_size": 101,
+                "d_model": 32,
+                "encoder_layers": 1,
+                "decoder_layers": 2,
+                "encoder_attention_heads": 4,
+                "decoder_attention_heads": 4,
+                "encoder_ffn_dim": 48,
+                "decoder_ffn_dim": 48,
+                "num_experts": 2,
+                "max_position_embeddings": 64,
+                "pad_token_id": 0,
+            },
+        ),
+        ("T5Model", {"vocab_size": 101, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8}),
+        ("MistralModel", {**SMALL, "num_key_value_heads": 2, "sliding_window": 5}),
+    ],
+)
+def test_models_that_say_little_about_causality(kind, sizes, name) -> None:
+    """Unpadded input, where a mask may be left out: only where transformers vouches that the flag says the same."""
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, kind.replace("Model", "Config"))(**sizes)).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(3 if parameter.dim() > 1 else 1)
+    ids = torch.randint(1, 101, (2, 12), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    outputs = []
+    for implementation in ("eager", bridge.alias(name)):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            outputs.append(model(**inputs)[0])
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_models_with_attention_of_their_own_are_refused(name) -> None:
+    """Bloom would add a boolean mask to its scores: it is refused, whatever its configuration claims."""
+    config = transformers.BloomConfig(vocab_size=101, hidden_size=32, n_layer=2, n_head=4)
+    model = transformers.BloomModel._from_config(config, attn_implementation=bridge.alias(name))
+    ids, real = left_padded()
+    with pytest.raises(BridgeError) as caught:
+        model(input_ids=ids, attention_mask=real)
+    assert str(caught.value) == (
+        "transformers: the models of BloomConfig compute attention themselves and cannot take a backend. Use them with "
+        'attn_implementation="eager".'
+    )
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_sparse_attention_is_refused(name) -> None:
+    """A model that hands the attention function the keys it selected is refused: dense attention would be wrong."""
+    config = transformers.GlmMoeDsaConfig(
+        **SMALL,
+        index_topk=4,
+        num_key_value_heads=4,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        index_n_heads=2,
+        index_head_dim=16,
+        n_routed_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        first_k_dense_replace=2,
+    )
+    model = transformers.GlmMoeDsaModel(config).eval()
+    model.set_attn_implementation(bridge.alias(name))
+    with pytest.raises(UnsupportedError, match="sparse: wants keys selected by indices or block_indices"):
+        model(left_padded()[0])
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_a_mask_as_wide_as_the_static_cache(name) -> None:
+    """One padding mask of fixed width serves a whole decoding loop, also where a layer keeps only a window."""
+    config = transformers.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=5)
+    model = transformers.MistralForCausalLM(config).eval()
+    ids, real = left_padded(length=8)
+    wide = torch.zeros(3, 20, dtype=torch.long)
+    wide[:, :8] = real
+    logits = []
+    for implementation in ("eager", bridge.alias(name)):
+        model.set_attn_implementation(implementation)
+        cache = transformers.StaticCache(config, max_cache_len=20)
+        with torch.no_grad():
+            logits.append(model(input_ids=ids, attention_mask=wide, past_key_values=cache).logits[real.bool()])
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_tracing_keeps_the_padding(name) -> None:
+    """A graph that was traced without padding does not lose it later: values are not read while tracing."""
+    model = model_of("llama", key_value_heads=2)
+    model.set_attn_implementation(bridge.alias(name))
+    ids, real = left_padded()
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, real):
+            return self.model(input_ids=ids, attention_mask=real, use_cache=False).logits
+
+    with torch.no_grad():
+        traced = torch.jit.trace(Logits(), (ids, torch.ones_like(real)), check_trace=False)
+        assert (traced(ids, real) - Logits()(ids, real))[real.bool()].abs().max() < 2e-6
+
+
 def test_enable_registers_all_and_follows_the_registry() -> None:
     """`enable` takes whatever can be loaded; later registrations follow, replaced ones change, removed ones go."""
     aliases = bridge.enable()

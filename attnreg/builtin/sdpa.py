@@ -46,12 +46,13 @@ def sdpa_attention(
     sizes = check_inputs(query, key, value)
     q_length, kv_length = sizes[2:]
     causal = False
+    # The flags below are conditionals, and not the comparisons themselves: with dynamic lengths, and under
+    # torch.jit.trace, those are symbols and tensors, which SDPA does not take.
     if attention_mask is not None:
         check_mask(attention_mask, sizes)
         if attention_mask.dtype is not torch.bool:
             attention_mask = _in_torch_terms(attention_mask, query.dtype)
     elif q_length != 1 and causality(module, is_causal):
-        # A conditional, and not the comparison itself: with dynamic lengths that is a symbol, which SDPA does not take.
         causal = True if position_bias is None and q_length == kv_length else False  # noqa: SIM210
         if not causal:
             attention_mask = mask_of_flags(
@@ -68,7 +69,7 @@ def sdpa_attention(
         dropout_p=dropout or 0.0,
         is_causal=causal,
         scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=True if query.shape[1] != key.shape[1] else False,  # noqa: SIM210
     )
     output = output.transpose(1, 2)
     if attention_mask is None or query.is_cpu:

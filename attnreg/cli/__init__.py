@@ -41,7 +41,7 @@ def list_backends(*, as_json: Json = False) -> None:
 @app.command()
 def doctor(
     *,
-    timeout: Annotated[float, typer.Option(help="Seconds that one backend's probe may take.", min=0.1)] = 60.0,
+    timeout: Annotated[float, typer.Option(help="Seconds for one backend's probe.", min=0.1, max=86400)] = 60.0,
     as_json: Json = False,
 ) -> None:
     """Probe every backend in a process of its own, so that one that crashes, quits or hangs is a row."""

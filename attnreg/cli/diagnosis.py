@@ -8,6 +8,8 @@ import platform
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import track
@@ -47,14 +49,21 @@ def _examined(row: Row, timeout: float) -> dict[str, Any]:
 
 
 def _probe(name: str, timeout: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "attnreg.cli.probe", name]
+    with TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        # -P: a file torch.py in the current folder is nobody's torch.
+        command = [sys.executable, "-P", "-m", "attnreg.cli.probe", name, str(answer)]
+        try:
+            done = subprocess.run(  # noqa: S603
+                command, capture_output=True, text=True, errors="replace", timeout=timeout, check=False
+            )
+        except subprocess.TimeoutExpired:
+            problem = f"no answer within {timeout:g} s; ATTNREG_DISABLE={name} leaves it out"
+            return {"status": "hangs", "problem": problem}
+        written = answer.read_text(encoding="utf-8") if answer.exists() else ""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)  # noqa: S603
-    except subprocess.TimeoutExpired:
-        return {"status": "hangs", "problem": f"no answer within {timeout:g} s; ATTNREG_DISABLE={name} leaves it out"}
-    try:
-        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, json.JSONDecodeError):
+        result: dict[str, Any] = json.loads(written)
+    except json.JSONDecodeError:
         tail = done.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
         problem = f"its process ended with {_ending(done.returncode)}: {tail[0]}; ATTNREG_DISABLE={name} leaves it out"
         return {"status": "crashed", "problem": problem}

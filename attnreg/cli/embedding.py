@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -126,6 +127,8 @@ class Embedder:
             return Result(name, "broken", problem=str(error))
         except Exception as error:  # noqa: BLE001 - whatever a kernel raises belongs into its row
             return Result(name, "broken", problem=f"{type(error).__name__}: {error}")
+        if not math.isfinite(deviation):
+            return Result(name, "wrong", mask, milliseconds, problem=f"deviates from the oracle by {deviation}")
         status = "works" if deviation <= TOLERANCES[self.dtype] else "wrong"
         return Result(name, status, mask, milliseconds, deviation)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -45,9 +47,10 @@ def request_of(
 
 def run(name: str, request: Request, *, as_json: bool) -> bool:
     """Print who can serve *request*; return whether *name* can."""
-    if name != AUTO:
-        default_registry.get(name)
-    explanation = explain(request)
+    if name != AUTO and name not in {row.name for row in default_registry.rows()}:
+        default_registry.get(name)  # raises, and says which names there are
+    with redirect_stdout(sys.stderr):  # what a plugin prints at import is not part of the answer
+        explanation = explain(request, only=None if name == AUTO else name)
     winner = explanation.winner if name == AUTO else _winner(name, explanation.candidates)
     shown = [each for each in explanation.candidates if name in (AUTO, each.name)]
     if as_json:

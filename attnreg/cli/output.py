@@ -46,5 +46,5 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 def print_json(data: Any) -> None:
-    """Print *data* as JSON, in plain characters whatever the terminal."""
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+    """Print *data* as JSON, in plain characters whatever the terminal; NaN is not JSON, and must not come here."""
+    sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")

@@ -1,7 +1,7 @@
-"""The probe that `attnreg doctor` runs in a process of its own: `python -m attnreg.cli.probe NAME`.
+"""The probe that `attnreg doctor` runs in a process of its own: `python -m attnreg.cli.probe NAME FILE`.
 
 It imports the one plugin, runs its attention on a small causal, left-padded batch on the CPU, and compares the result
-with the oracle. Its last line of output is JSON; a process that ends without one has crashed.
+with the oracle. It writes what it found to FILE as JSON; a process that ends without doing so has crashed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 TOLERANCE = 2e-2
@@ -43,7 +44,8 @@ def probe(name: str) -> dict[str, Any]:
             "traceback": _traceback(error),
         }
     if not row["deviation"] <= TOLERANCE:
-        row |= {"status": "wrong", "problem": f"deviates from the oracle by {row['deviation']:.2g}"}
+        deviation = row.pop("deviation")
+        row |= {"status": "wrong", "problem": f"deviates from the oracle by {deviation:.2g}"}
     return row
 
 
@@ -74,5 +76,4 @@ def _traceback(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    result = probe(sys.argv[1])
-    sys.stdout.write("\n" + json.dumps(result) + "\n")
+    Path(sys.argv[2]).write_text(json.dumps(probe(sys.argv[1])), encoding="utf-8")

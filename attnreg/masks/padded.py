@@ -49,7 +49,11 @@ def is_all_real(attention_mask: torch.Tensor | None) -> bool:
     """Whether there is nothing to pad. Reads the values, so it answers False where they cannot be read: in a trace."""
     if attention_mask is None:
         return True
-    if torch.compiler.is_compiling() or attention_mask.is_meta:
+    # A subclass is a fake or functional tensor, which stands for values that are not there yet.
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if tracing or type(attention_mask) is not torch.Tensor:
+        return False
+    if attention_mask.is_meta:
         return False
     return bool(attention_mask.all())
 
