@@ -132,7 +132,13 @@ class AttentionMaskInterface(_View):
 
     Attributes:
         resolved: the names looked up so far, as a plain dictionary.
+        fitted: the names whose attention function a paired interface overrides, with the record if it is one.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fitted: dict[str, Backend | None] = {}
+        self._partners: WeakSet[AttentionInterface] = WeakSet()
 
     @classmethod
     def register(cls, name: str, formatter: Callable[..., Any], *, replace: bool = False) -> None:
@@ -144,11 +150,6 @@ class AttentionMaskInterface(_View):
             NameTakenError: somebody else has a formatter there; pass ``replace=True``.
         """
         cls.registry.add_mask(name, formatter, replace=replace)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fitted: dict[str, Backend | None] = {}
-        self._partners: WeakSet[AttentionInterface] = WeakSet()
 
     def __setitem__(self, name: str, formatter: Callable[..., Any]) -> None:
         check_base(name)

@@ -13,7 +13,8 @@ import torch
 
 from attnreg import reference
 from attnreg.backend import Backend
-from attnreg.capabilities import Capabilities, Request, reasons
+from attnreg.builtin import eager
+from attnreg.capabilities import Request, reasons
 from attnreg.default import default_registry
 from attnreg.errors import AttnregError, BridgeError, InvalidInputError, UnsupportedError
 from attnreg.integrations.transformers import alias, bind
@@ -31,15 +32,7 @@ ORACLE: Final = Backend(
     name="oracle",
     attention=reference.attention_function,
     mask=eager_mask,
-    supports=Capabilities(
-        value_head_dim=True,
-        grouped_query=True,
-        is_causal=True,
-        sliding_window=True,
-        softcap=True,
-        sinks=True,
-        position_bias=True,
-    ),
+    supports=replace(eager.SUPPORTS, dropout=False),
 )
 
 
