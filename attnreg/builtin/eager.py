@@ -1,4 +1,7 @@
-"""`eager`: attention in plain PyTorch. It supports the whole contract and holds the full matrix of weights."""
+"""`eager`: attention in plain PyTorch. It has every feature but the log-sum-exp, packing, paging and sparse indices.
+
+It holds the full matrix of weights.
+"""
 
 from __future__ import annotations
 
