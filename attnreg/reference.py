@@ -12,7 +12,8 @@ from einops import einsum, rearrange, repeat
 
 from attnreg.errors import InvalidInputError, InvalidMaskError
 from attnreg.masks.dense import dense
-from attnreg.masks.padded import visible_keys
+from attnreg.masks.extent import Extent
+from attnreg.masks.padded import absolute_keys
 from attnreg.masks.predicates import bidirectional, causal
 
 if TYPE_CHECKING:
@@ -106,7 +107,10 @@ def attention(
         distance = (torch.arange(q_length) + q_offset)[:, None] - (torch.arange(kv_length) + kv_offset)
         allowed = allowed & (distance.abs() < sliding_window).to(query.device)
     if attention_mask is not None:
-        allowed, bias = _masked(attention_mask, allowed, batch, q_offset + q_length, kv_length, kv_offset)
+        extent = Extent(
+            batch_size=batch, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset
+        )
+        allowed, bias = _masked(attention_mask, allowed, extent)
         scores = scores + bias
     scores = scores.masked_fill(~allowed, float("-inf"))
 
@@ -156,11 +160,11 @@ def attention_function(
 
 
 def _masked(
-    attention_mask: torch.Tensor, allowed: torch.Tensor, batch: int, q_end: int, kv_length: int, kv_offset: int
+    attention_mask: torch.Tensor, allowed: torch.Tensor, extent: Extent
 ) -> tuple[torch.Tensor, torch.Tensor | float]:
     """Split a mask into what it forbids and what it adds; the smallest finite value of a dtype forbids, like -inf."""
     if attention_mask.dim() != 4:  # noqa: PLR2004 - scores have four axes
-        keys = visible_keys(attention_mask, batch, q_end, kv_length, kv_offset)
+        keys = absolute_keys(attention_mask, extent)[:, extent.kv_offset :]
         return allowed & rearrange(keys, "b k -> b 1 1 k"), 0.0
     if attention_mask.dtype == torch.bool:
         return allowed & attention_mask, 0.0

@@ -161,7 +161,7 @@ def test_scalar_functions_are_called_on_scalars() -> None:
         ),
         (
             {"mask_function": "causal"},
-            "mask_function is 'causal'; wanted: a callable (batch_idx, head_idx, q_idx, kv_idx) -> bool tensor.",
+            "a mask function is 'causal'; wanted: a callable (batch_idx, head_idx, q_idx, kv_idx) -> bool tensor.",
         ),
         ({"q_offset": -1}, "q_offset is -1; wanted: 0 or more."),
     ],

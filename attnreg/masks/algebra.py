@@ -58,14 +58,18 @@ class Predicate:
 
 @dataclass(frozen=True, slots=True)
 class Opaque(Predicate):
-    """A callable that nothing is known about; it is called on scalars, as flex attention does."""
+    """A callable that nothing is known about; it is called on scalars, as flex attention does.
+
+    `broadcasts` says that it may be called once on broadcasting index tensors.
+    """
 
     function: MaskFunction
+    broadcasts: bool = False
 
     @property
     def elementwise(self) -> bool:
-        """Nobody knows, so no."""
-        return False
+        """Whether somebody said so; otherwise nobody knows, so no."""
+        return self.broadcasts
 
     def __call__(
         self, batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor

@@ -1,4 +1,4 @@
-"""From a mask function to a dense boolean mask."""
+"""The definition: a mask function, evaluated at every position."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from attnreg.masks.algebra import MaskFunction
 
 _RANK = 4
+
+Indices = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Integer vectors: rows of the batch, heads, positions of queries and of keys."""
 
 
 def dense(
@@ -50,27 +53,44 @@ def dense(
     """
     q_idx = torch.arange(q_length, device=device) + q_offset
     kv_idx = torch.arange(kv_length, device=device) + kv_offset
-    # Two stand-in heads are enough to see whether the function looks at the head at all.
-    indices = torch.arange(batch_size, device=device), torch.arange(heads or 2, device=device), q_idx, kv_idx
     if isinstance(mask_function, Predicate):
         elementwise = mask_function.elementwise
         if not isinstance(q_offset, torch.Tensor):
             mask_function.check_sizes(batch_size, max(q_offset + q_length, kv_offset + kv_length))
+    # Two stand-in heads are enough to see whether the function looks at the head at all.
+    indices = torch.arange(batch_size, device=device), torch.arange(heads or 2, device=device), q_idx, kv_idx
+    mask = evaluate(mask_function, indices, elementwise=bool(elementwise))
+    if mask.shape[1] > 1 and heads is None:
+        wanted = "num_heads=…, or a config with num_attention_heads, so that no head is lost"
+        raise InvalidMaskError("the number of heads", "not known to a mask function that depends on the head", wanted)
+    return mask.expand(mask.shape[0], mask.shape[1], q_length, kv_length)
+
+
+def evaluate(mask_function: MaskFunction, indices: Indices, *, elementwise: bool) -> torch.Tensor:
+    """Evaluate *mask_function* at the given positions.
+
+    Returns:
+        bool, four axes that broadcast over *indices*; batch and heads are 1 where all elements along them are equal.
+    """
     mask = (_broadcast if elementwise else _vmapped)(mask_function, indices)
     if mask.dtype != torch.bool or mask.dim() > _RANK:
         got = f"of dtype {mask.dtype} and shape {tuple(mask.shape)}"
         raise InvalidMaskError("a mask function's result", got, "a bool tensor that broadcasts over the indices")
-    return _collapsed(mask, heads, q_length, kv_length)
+    mask = mask.reshape((1,) * (_RANK - mask.dim()) + tuple(mask.shape))
+    for axis in (0, 1):
+        if mask.shape[axis] > 1 and mask.stride(axis) == 0:
+            mask = mask.narrow(axis, 0, 1)
+    return mask
 
 
-def _broadcast(mask_function: MaskFunction, indices: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def _broadcast(mask_function: MaskFunction, indices: Indices) -> torch.Tensor:
     batch_idx, head_idx, q_idx, kv_idx = indices
     return mask_function(
         batch_idx[:, None, None, None], head_idx[None, :, None, None], q_idx[None, None, :, None], kv_idx
     )
 
 
-def _vmapped(mask_function: MaskFunction, indices: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def _vmapped(mask_function: MaskFunction, indices: Indices) -> torch.Tensor:
     """Call it on scalars. Results that ignore an index come back with stride 0 along it."""
     # torch keeps this under a private name, and flex attention itself relies on it: it makes `ids[q_idx]` traceable.
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
@@ -81,15 +101,3 @@ def _vmapped(mask_function: MaskFunction, indices: tuple[torch.Tensor, ...]) -> 
         function = torch.vmap(function, in_dims=in_dims)
     with TransformGetItemToIndex():
         return function(*indices)
-
-
-def _collapsed(mask: torch.Tensor, heads: int | None, q_length: int, kv_length: int) -> torch.Tensor:
-    """Bring it to four axes, with 1 for the batch and head axes that every element is equal along."""
-    mask = mask.reshape((1,) * (_RANK - mask.dim()) + tuple(mask.shape))
-    for axis in (0, 1):
-        if mask.shape[axis] > 1 and mask.stride(axis) == 0:
-            mask = mask.narrow(axis, 0, 1)
-    if mask.shape[1] > 1 and heads is None:
-        wanted = "num_heads=…, or a config with num_attention_heads, so that no head is lost"
-        raise InvalidMaskError("the number of heads", "not known to a mask function that depends on the head", wanted)
-    return mask.expand(mask.shape[0], mask.shape[1], q_length, kv_length)
