@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         UnknownBackendError,
         UnknownWrapperError,
         UnsupportedError,
+        UnsupportedMaskError,
     )
     from attnreg.interface import AttentionInterface, AttentionMaskInterface
     from attnreg.plugins import Registrar, hookimpl
@@ -88,6 +89,7 @@ __all__ = [
     "UnknownBackendError",
     "UnknownWrapperError",
     "UnsupportedError",
+    "UnsupportedMaskError",
     "default_registry",
     "explain",
     "get",

@@ -18,11 +18,12 @@ AttnregError
 │   └── PluginContractError                   … because it breaks the plugin contract
 ├── DuplicateBackendError                     two distributions provide one name: neither is chosen
 ├── UnsupportedError                          a backend cannot do what is asked; holds the reasons
+│   ├── UnsupportedMaskError                  a mask format cannot express a mask; holds the reasons
 │   └── NoBackendError                        `auto`: no backend can
 ├── ConfigurationError (ValueError)           an environment variable has a value that means nothing
 ├── InvalidInputError (ValueError)            tensors whose shapes or dtypes do not fit the contract
 │   └── InvalidMaskError                      … the mask
-└── BridgeError                               a host library cannot take an attnreg backend
+└── BridgeError                               another library is missing, or cannot take a backend
 
 Each class builds its own message from its culprits, keeps them as attributes, and says what to do next.
 """
@@ -285,6 +286,14 @@ class UnsupportedError(AttnregError):
     def __init__(self, name: str, reasons: Sequence[object]) -> None:
         lines = [f"backend {name!r} cannot do what is asked:"]
         super().__init__("\n".join([*lines, *(f"  {reason}" for reason in reasons)]), name=name, reasons=list(reasons))
+
+
+class UnsupportedMaskError(UnsupportedError):
+    """A mask format cannot express a mask; `name` is the formatter's."""
+
+    def __init__(self, name: str, reasons: Sequence[object]) -> None:
+        lines = [f"{name} cannot express this mask:", *(f"  {reason}" for reason in reasons)]
+        AttnregError.__init__(self, "\n".join(lines), name=name, reasons=list(reasons))
 
 
 class NoBackendError(UnsupportedError):

@@ -110,6 +110,10 @@ TEXTS = [
         "backend 'x' cannot do what is asked:\n  dtype: wants float32; supported: float16. Cast the inputs.",
     ),
     (
+        errors.UnsupportedMaskError("x_mask", [REASON]),
+        "x_mask cannot express this mask:\n  dtype: wants float32; supported: float16. Cast the inputs.",
+    ),
+    (
         errors.NoBackendError({"x": [REASON], "y": [REASON]}),
         "no backend can do what is asked:\n  x: dtype: wants float32; supported: float16. Cast the inputs.\n"
         "  y: dtype: wants float32; supported: float16. Cast the inputs.",
