@@ -43,6 +43,7 @@ EXTERNAL = {
     "typer": {"cli"},
     "rich": {"cli"},
     "einops": {"reference"},
+    "PIL": {"masks"},
     "torch": {"masks", "reference", "builtin", "integrations", "cli", "guard"},
 }
 """Who may import what from outside; `guard` does so inside a function, for a call that has tensors at hand."""

@@ -8,6 +8,7 @@ combination, with a 2D padding mask, for one kind of backend.
 
 from attnreg.masks.algebra import And, MaskFunction, Not, Opaque, Or, Predicate, and_masks, or_masks
 from attnreg.masks.formats import eager_mask, sdpa_mask
+from attnreg.masks.picture import Picture, render
 from attnreg.masks.predicates import (
     Bidirectional,
     Blocks,
@@ -27,6 +28,8 @@ from attnreg.masks.predicates import (
     sliding_window,
     window,
 )
+from attnreg.masks.unpadding import Unpadded
+from attnreg.masks.varlen import flash_attention_mask, varlen_mask
 
 __all__ = [
     "And",
@@ -40,8 +43,10 @@ __all__ = [
     "Opaque",
     "Or",
     "Padding",
+    "Picture",
     "Predicate",
     "Prefix",
+    "Unpadded",
     "Window",
     "and_masks",
     "bidirectional",
@@ -50,10 +55,13 @@ __all__ = [
     "chunked",
     "documents",
     "eager_mask",
+    "flash_attention_mask",
     "or_masks",
     "padding",
     "prefix",
+    "render",
     "sdpa_mask",
     "sliding_window",
+    "varlen_mask",
     "window",
 ]
