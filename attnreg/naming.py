@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from attnreg.errors import InvalidNameError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 AUTO: Final = "auto"
 """Asks for the best backend that can serve the request; no backend may bear this name."""
+
+PREFIX: Final = "attnreg:"
+"""What a backend's alias in transformers begins with; no backend's own name can."""
 
 _BASE = re.compile(r"[A-Za-z0-9_.-]+")
 _HUB = re.compile(r"(?P<repo>[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+)(@[A-Za-z0-9_./-]+)?(:[A-Za-z_][A-Za-z0-9_]*)?")
@@ -55,3 +61,26 @@ def parse(name: object) -> ParsedName:
             raise InvalidNameError(name, f"{part!r} is no wrapper")
         wrappers.append(Wrapper(match["wrapper"], match["args"] or ""))
     return ParsedName(tuple(wrappers), check_base(base))
+
+
+def spelled(name: str) -> str:
+    """Return the alias of *name* in transformers, such as `attnreg:SDPA`, without asking whether there is a backend.
+
+    Raises:
+        InvalidNameError: *name* does not follow the grammar.
+    """
+    parse(name)
+    return f"{PREFIX}{name.upper()}"
+
+
+def unspelled(alias: str, names: Iterable[str]) -> str:
+    """Return which of *names* an alias stands for; the name in lower case if it is none of them.
+
+    Raises:
+        InvalidNameError: it is two of them, which differ only in upper and lower case.
+    """
+    rest = alias.removeprefix(PREFIX)
+    found = sorted(name for name in names if name.upper() == rest.upper())
+    if len(found) > 1:
+        raise InvalidNameError(alias, f"it stands for {' and for '.join(map(repr, found))}")
+    return found[0] if found else rest.lower()

@@ -14,6 +14,7 @@ Names that are registered with attnreg later follow by themselves. `disable` lea
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,9 @@ import torch
 
 from attnreg.default import default_registry
 from attnreg.errors import AttnregError, BridgeError
-from attnreg.masks import bidirectional, causal
-from attnreg.naming import parse
+from attnreg.masks import Predicate, bidirectional, causal
+from attnreg.masks.call import formatters
+from attnreg.naming import spelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,8 +43,6 @@ except ImportError as error:
         f"it cannot be imported ({error})",
         "pip install 'attnreg[transformers]' (transformers 5.17 or newer).",
     ) from error
-
-PREFIX = "attnreg:"
 
 _KNOWN: dict[Any, Any] = {causal_mask_function: causal(), bidirectional_mask_function: bidirectional()}
 """transformers' own mask functions that attnreg has a record for; the records can be read, functions only called."""
@@ -85,12 +85,6 @@ def bind(backend: Backend) -> str:
     return _bridge.add(backend)
 
 
-def spelled(name: str) -> str:
-    """Return the alias of *name*, without asking whether there is such a backend."""
-    parse(name)
-    return f"{PREFIX}{name.upper()}"
-
-
 class _Bridge:
     """What has been registered with transformers, kept in step with the registry."""
 
@@ -107,7 +101,9 @@ class _Bridge:
             raise BridgeError("transformers", problem, "Rename one, so that they differ in more than case.")
         self.names[key] = backend.name
         AttentionInterface.register(key, backend.call)
-        AttentionMaskInterface.register(key, _formatter(backend.format))
+        formatter = _formatter(backend.format)
+        AttentionMaskInterface.register(key, formatter)
+        formatters.adopt(key, formatter)
         return key
 
     def remove(self, key: str) -> None:
@@ -115,6 +111,7 @@ class _Bridge:
         # transformers has no public way to take a registration back.
         AttentionInterface._global_mapping.pop(key, None)  # noqa: SLF001
         AttentionMaskInterface._global_mapping.pop(key, None)  # noqa: SLF001
+        formatters.drop(key)
 
     def clear(self) -> None:
         self.follow = False
@@ -140,6 +137,7 @@ def _formatter(mask: Callable[..., Any]) -> Callable[..., Any]:
     than the layer's cache, as with a static cache of which a layer keeps a window, is cut to it.
     """
 
+    @functools.wraps(mask)
     def formatted(
         *args: Any, mask_function: Any = causal_mask_function, attention_mask: Any = None, **kwargs: Any
     ) -> Any:
@@ -147,7 +145,7 @@ def _formatter(mask: Callable[..., Any]) -> Callable[..., Any]:
             kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         if attention_mask is not None and attention_mask.dim() == _PADDING and "kv_length" in kwargs:
             attention_mask = attention_mask[:, : kwargs.get("kv_offset", 0) + kwargs["kv_length"]]
-        known = _KNOWN.get(mask_function, mask_function)
+        known = mask_function if isinstance(mask_function, Predicate) else _KNOWN.get(mask_function, mask_function)
         return mask(*args, mask_function=known, attention_mask=attention_mask, **kwargs)
 
     return formatted

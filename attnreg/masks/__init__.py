@@ -7,7 +7,21 @@ combination, with a 2D padding mask, for one kind of backend.
 """
 
 from attnreg.masks.algebra import And, MaskFunction, Not, Opaque, Or, Predicate, and_masks, or_masks
+from attnreg.masks.create import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+    create_chunked_causal_mask,
+    create_sliding_window_causal_mask,
+)
+from attnreg.masks.deprecated import (
+    create_extended_attention_mask_for_decoder,
+    get_extended_attention_mask,
+    invert_attention_mask,
+)
+from attnreg.masks.flex import flex_attention_mask
 from attnreg.masks.formats import eager_mask, sdpa_mask
+from attnreg.masks.layers import create_masks_for_generate
 from attnreg.masks.picture import Picture, render
 from attnreg.masks.predicates import (
     Bidirectional,
@@ -53,9 +67,19 @@ __all__ = [
     "blocks",
     "causal",
     "chunked",
+    "create_bidirectional_mask",
+    "create_bidirectional_sliding_window_mask",
+    "create_causal_mask",
+    "create_chunked_causal_mask",
+    "create_extended_attention_mask_for_decoder",
+    "create_masks_for_generate",
+    "create_sliding_window_causal_mask",
     "documents",
     "eager_mask",
     "flash_attention_mask",
+    "flex_attention_mask",
+    "get_extended_attention_mask",
+    "invert_attention_mask",
     "or_masks",
     "padding",
     "prefix",

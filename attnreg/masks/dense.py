@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,6 +10,8 @@ from attnreg.errors import InvalidMaskError
 from attnreg.masks.algebra import Predicate
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from attnreg.masks.algebra import MaskFunction
 
 _RANK = 4
@@ -83,6 +85,12 @@ def evaluate(mask_function: MaskFunction, indices: Indices, *, elementwise: bool
     return mask
 
 
+def heads_of(kwargs: Mapping[str, Any]) -> int | None:
+    """Return the number of query heads that a formatter was told, by `num_heads` or by `config`."""
+    heads = kwargs.get("num_heads")
+    return heads if heads is not None else getattr(kwargs.get("config"), "num_attention_heads", None)
+
+
 def _broadcast(mask_function: MaskFunction, indices: Indices) -> torch.Tensor:
     batch_idx, head_idx, q_idx, kv_idx = indices
     return mask_function(
@@ -95,7 +103,8 @@ def _vmapped(mask_function: MaskFunction, indices: Indices) -> torch.Tensor:
     # torch keeps this under a private name, and flex attention itself relies on it: it makes `ids[q_idx]` traceable.
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
-    function = mask_function
+    # Not the object, which torch.vmap would spell out to have a name for it.
+    function = mask_function.__call__ if isinstance(mask_function, Predicate) else mask_function
     for axis in reversed(range(_RANK)):
         in_dims = tuple(0 if position == axis else None for position in range(_RANK))
         function = torch.vmap(function, in_dims=in_dims)

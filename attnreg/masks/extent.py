@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from attnreg.errors import InvalidInputError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Extent:
-    """Sizes and offsets of one call.
+class Extent(NamedTuple):
+    """Sizes and offsets of one call. A tuple, because one is made for each mask of each step.
 
     Attributes:
         batch_size: rows of the batch.

@@ -13,10 +13,11 @@ import torch
 
 from attnreg.errors import InvalidInputError
 from attnreg.masks.building import build
+from attnreg.masks.dense import heads_of
 from attnreg.masks.expression import DENSE, expresses
 from attnreg.masks.extent import measured
 from attnreg.masks.predicates import Bidirectional, Causal, causal
-from attnreg.masks.structure import Structure, normalise
+from attnreg.masks.structure import normalise
 
 if TYPE_CHECKING:
     from attnreg.masks.algebra import MaskFunction
@@ -61,22 +62,25 @@ def sdpa_mask(
         InvalidInputError: a length or an offset is not a non-negative integer.
         InvalidMaskError: a padding mask of the wrong dtype, shape or width, or a per-head function without `num_heads`.
     """
+    # The commonest cases of all, in which there is nothing to think about.
+    if attention_mask is None and min(batch_size, q_length, kv_length, kv_offset) >= 0:
+        if allow_is_bidirectional_skip and isinstance(mask_function, Bidirectional):
+            return None
+        plain = allow_is_causal_skip and isinstance(mask_function, Causal) and not isinstance(q_offset, torch.Tensor)
+        if plain and q_offset >= 0 and q_offset + q_length == kv_offset + kv_length:
+            return None
     device = kwargs.get("device") if attention_mask is None else attention_mask.device
     extent = measured(batch_size, q_length, kv_length, q_offset, kv_offset, device)
-    if attention_mask is None and isinstance(mask_function, Causal | Bidirectional):  # no need to look any further
-        causal = isinstance(mask_function, Causal)
-        structure = Structure(right=0 if causal and not (extent.aligned and q_length == 1) else None)
-    else:
-        structure = normalise(mask_function, extent, attention_mask, elementwise=kwargs.get("use_vmap") is False)
+    structure = normalise(mask_function, extent, attention_mask, elementwise=kwargs.get("use_vmap") is False)
     if structure.trivial:
         if allow_is_bidirectional_skip or (allow_is_causal_skip and q_length == 1):
             return None
     elif structure.only_causal and allow_is_causal_skip and extent.aligned:
         return None
-    return build(structure, extent, _heads(kwargs))
+    return build(structure, extent, heads_of(kwargs))
 
 
-@expresses(native={"bidirectional"}, lowered=DENSE, takes={"float"})
+@expresses(native=(), lowered=DENSE, takes={"float"})
 def eager_mask(
     batch_size: int,
     q_length: int,
@@ -87,14 +91,13 @@ def eager_mask(
     attention_mask: torch.Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float32,
-    allow_is_bidirectional_skip: bool = False,
     **kwargs: Any,
-) -> torch.Tensor | None:
+) -> torch.Tensor:
     """Format an additive mask: 0 where a query may attend, the smallest finite value of *dtype* where it may not.
 
-    A function that adds it needs no flags: None stands for a mask of all 0 alone, and only if the caller allows it.
-    The smallest finite value, and not -inf, keeps other people's softmax from NaN on a row without any key; attnreg's
-    own `eager` returns 0 for such a row.
+    It is never None, so a function that adds it needs no flags, whatever the caller allows. The smallest finite value,
+    and not -inf, keeps other people's softmax from NaN on a row without any key; attnreg's own `eager` returns 0 for
+    such a row.
 
     Args:
         batch_size: rows of the batch.
@@ -105,7 +108,6 @@ def eager_mask(
         mask_function: predicate on absolute indices; causal by default.
         attention_mask: padding, `(batch_size, kv_offset + kv_length)`, bool or integer, 1 for a real token.
         dtype: floating dtype of the mask: that of the query.
-        allow_is_bidirectional_skip: the caller passes `is_causal=False` on, so a mask of all 0 may be None.
         **kwargs: as in `sdpa_mask`.
 
     Returns:
@@ -117,16 +119,7 @@ def eager_mask(
     """
     if not dtype.is_floating_point:
         raise InvalidInputError("the dtype of an additive mask", str(dtype), "the query's floating dtype")
-    if allow_is_bidirectional_skip and attention_mask is None and isinstance(mask_function, Bidirectional):
-        return None
     device = kwargs.get("device") if attention_mask is None else attention_mask.device
     extent = measured(batch_size, q_length, kv_length, q_offset, kv_offset, device)
     structure = normalise(mask_function, extent, attention_mask, elementwise=kwargs.get("use_vmap") is False)
-    if structure.trivial and allow_is_bidirectional_skip:
-        return None
-    return build(structure, extent, _heads(kwargs), dtype=dtype)
-
-
-def _heads(kwargs: dict[str, Any]) -> int | None:
-    heads = kwargs.get("num_heads")
-    return heads if heads is not None else getattr(kwargs.get("config"), "num_attention_heads", None)
+    return build(structure, extent, heads_of(kwargs), dtype=dtype)

@@ -25,17 +25,21 @@ def absolute_keys(attention_mask: torch.Tensor, extent: Extent) -> torch.Tensor:
         InvalidMaskError: wrong dtype, shape or width.
     """
     needed = extent.kv_end
-    wanted = f"a bool or integer tensor of shape ({extent.batch_size}, {needed}), 1 for a real token"
     if attention_mask.dtype != torch.bool and (attention_mask.is_floating_point() or attention_mask.is_complex()):
-        raise InvalidMaskError("the padding mask", f"of dtype {attention_mask.dtype}", wanted)
+        raise InvalidMaskError("the padding mask", f"of dtype {attention_mask.dtype}", _wanted(extent))
     shape = tuple(attention_mask.shape)
     if len(shape) != 2 or shape[0] != extent.batch_size:  # noqa: PLR2004 - batch and length
-        raise InvalidMaskError("the padding mask", f"of shape {shape}", wanted)
+        raise InvalidMaskError("the padding mask", f"of shape {shape}", _wanted(extent))
     width, q_end = shape[1], extent.q_end
     if width > needed or (width < needed and q_end is not None and width < q_end):
-        raise InvalidMaskError("the padding mask", f"of shape {shape}", wanted)
+        raise InvalidMaskError("the padding mask", f"of shape {shape}", _wanted(extent))
     mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
     return torch.nn.functional.pad(mask, (0, needed - width), value=False) if width < needed else mask
+
+
+def _wanted(extent: Extent) -> str:
+    """Say what is wanted; only where it is raised, because torch.compile fixes a size that is put into words."""
+    return f"a bool or integer tensor of shape ({extent.batch_size}, {extent.kv_end}), 1 for a real token"
 
 
 def is_all_real(attention_mask: torch.Tensor | None) -> bool:

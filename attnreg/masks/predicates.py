@@ -316,7 +316,7 @@ def _check_integers(what: str, tensor: object, *, axes: int) -> torch.Tensor:
 
 
 def _check_table(what: str, table: torch.Tensor, batch_size: int, end: int) -> None:
-    if table.shape[0] not in (1, batch_size) or table.shape[1] < end:
+    if (table.shape[0] != 1 and table.shape[0] != batch_size) or table.shape[1] < end:
         wanted = f"({batch_size}, {end}): a row for each of the batch, and every position"
         raise InvalidMaskError(what, f"of shape {tuple(table.shape)}", wanted)
 

@@ -63,12 +63,12 @@ class Structure(Predicate):
     @property
     def trivial(self) -> bool:
         """Whether everything is visible."""
-        return not (self.banded or self.padding is not None or self.terms)
+        return not self.banded and self.padding is None and len(self.terms) == 0
 
     @property
     def only_band(self) -> bool:
         """Whether nothing but the distance between query and key matters."""
-        return self.padding is None and not self.terms
+        return self.padding is None and len(self.terms) == 0
 
     @property
     def only_order_matters(self) -> bool:
@@ -190,11 +190,22 @@ def _conjunction(terms: Iterator[Predicate], extent: Extent, *, elementwise: boo
                 )
             case _ if not _fits(term, extent):
                 others.append(term)
-    if (distances := extent.distances) is not None:
-        nearest, farthest = distances
-        left = None if left is not None and left >= farthest else left
-        right = None if right is not None and right >= -nearest else right
+    left, right = _narrow(left, right, extent)
     return Structure(left=left, right=right, padding=padding, terms=tuple(others))
+
+
+def _narrow(left: int | None, right: int | None, extent: Extent) -> tuple[int | None, int | None]:
+    """Leave out the sides of a band on which all keys are visible, where that is known."""
+    if (distances := extent.distances) is None:
+        return left, right
+    nearest, farthest = distances
+    # An exported graph is to hold for all lengths, also for those that a window is wider than.
+    judged = not torch.compiler.is_exporting()
+    if left is not None and judged and left >= farthest:
+        left = None
+    if right is not None and (judged or right == 0) and right >= -nearest:
+        right = None
+    return left, right
 
 
 def _alternatives(either: Or, extent: Extent, *, elementwise: bool) -> tuple[Predicate, ...]:
@@ -207,7 +218,7 @@ def _alternatives(either: Or, extent: Extent, *, elementwise: bool) -> tuple[Pre
 
 def _fits(term: Predicate, extent: Extent) -> bool:
     """Whether the sizes alone show that *term* hides nothing."""
-    if not extent.known:
+    if not extent.known or torch.compiler.is_exporting():
         return False
     if isinstance(term, Chunked) and term.left_padding is None:
         return extent.start // term.size == (extent.end - 1) // term.size
