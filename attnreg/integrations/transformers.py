@@ -23,7 +23,6 @@ import torch
 
 from attnreg.default import default_registry
 from attnreg.errors import AttnregError, BridgeError
-from attnreg.masks import Predicate, bidirectional, causal
 from attnreg.masks.call import formatters
 from attnreg.naming import spelled
 
@@ -36,16 +35,15 @@ if TYPE_CHECKING:
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+    from transformers.masking_utils import causal_mask_function
+
+    from attnreg.integrations.closures import read
 except ImportError as error:
     raise BridgeError(
         "transformers",
         f"it cannot be imported ({error})",
         "pip install 'attnreg[transformers]' (transformers 5.17 or newer).",
     ) from error
-
-_KNOWN: dict[Any, Any] = {causal_mask_function: causal(), bidirectional_mask_function: bidirectional()}
-"""transformers' own mask functions that attnreg has a record for; the records can be read, functions only called."""
 
 
 def alias(name: str) -> str:
@@ -145,8 +143,7 @@ def _formatter(mask: Callable[..., Any]) -> Callable[..., Any]:
             kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         if attention_mask is not None and attention_mask.dim() == _PADDING and "kv_length" in kwargs:
             attention_mask = attention_mask[:, : kwargs.get("kv_offset", 0) + kwargs["kv_length"]]
-        known = mask_function if isinstance(mask_function, Predicate) else _KNOWN.get(mask_function, mask_function)
-        return mask(*args, mask_function=known, attention_mask=attention_mask, **kwargs)
+        return mask(*args, mask_function=read(mask_function), attention_mask=attention_mask, **kwargs)
 
     return formatted
 
