@@ -64,6 +64,15 @@ FOREIGN: Final[Mapping[str, str]] = {
 }
 """What other libraries call these. A function that does not name such a keyword itself would swallow it unread."""
 
+_FORMATTER: Final = (
+    *("batch_size", "q_length", "kv_length", "q_offset", "kv_offset"),
+    *("mask_function", "attention_mask"),
+)
+"""What a mask formatter may be called with by position."""
+
+_RANK: Final = 4
+"""Axes of a mask that is spelled out: batch, heads, queries, keys."""
+
 _IN_THE_MASK: Final = frozenset({"sliding_window", "packing"})
 """A mask that is a tensor is complete: with one at hand, these keywords repeat what it already says."""
 
@@ -141,11 +150,21 @@ class Fitted(_ByName):
         self._supports = supports
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._supports.structures is not None:
-            self._judge(kwargs.get("mask_function"), kwargs.get("attention_mask"))
+        if len(args) > len(_FORMATTER):
+            raise TypeError(
+                f"{self._name}'s mask formatter takes {', '.join(_FORMATTER)} by position, the rest by name"
+            )
+        kwargs |= zip(_FORMATTER, args, strict=False)
         if not self._supports.is_causal:
             kwargs["allow_is_causal_skip"] = False
-        return self.__wrapped__(*args, **kwargs)
+        if self._supports.structures is None:
+            return self.__wrapped__(**kwargs)
+        self._judge(kwargs.get("mask_function"), kwargs.get("attention_mask"))
+        mask = self.__wrapped__(**kwargs)
+        shape: Any = getattr(mask, "shape", ())
+        if "per_head" not in self._supports.structures and len(shape) == _RANK and shape[1] > 1:
+            raise UnsupportedError(self._name, reasons(self._supports, Request(structures=frozenset({"per_head"}))))
+        return mask
 
     def _judge(self, mask_function: Any, attention_mask: Any) -> None:
         """Refuse structures that are not declared: a function that cannot be read is opaque, no function is causal."""

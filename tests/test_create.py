@@ -150,6 +150,8 @@ def test_random_arguments(family, name, cached) -> None:
         keys = queries if past is None else past.get_mask_sizes(queries, 0)[0]
         sizes = batch, queries, keys
         expected = spelled_out(theirs(config, **drawn), sizes, causal=causal, top_left=True)
+        if past is not None and past.size is not None:  # transformers' own functions and blocks open unfilled slots
+            expected = expected & (torch.arange(keys) < past.seen + queries)
         assert torch.equal(spelled_out(ours(config, **drawn), sizes, causal=causal, top_left=True), expected)
         asked = {**drawn, "impl": name, "sliding_window": 3, "chunk_size": 3, "num_heads": 4}
         for keyword, families in {"sliding_window": ("sliding", "sliding both"), "chunk_size": ("chunked",)}.items():
@@ -538,11 +540,8 @@ class BlockMask:
         self.shape = shape
 
 
-class Unpadded:
-    """Stands for what a formatter of unpadded rows returns."""
-
-
 BOOL, FLOAT = torch.ones(2, 1, 6, 6, dtype=torch.bool), torch.zeros(2, 1, 6, 6)
+UNPADDED = masks.flash_attention_mask(2, 6, 6, attention_mask=torch.arange(6) >= torch.tensor([[2], [0]]))
 
 
 @pytest.fixture
@@ -557,6 +556,39 @@ def of_kind():
         AttentionInterface.register(f"takes_{kind}", attention, mask=typed)
 
 
+def test_a_ready_made_mask_of_another_batch_is_refused(of_kind) -> None:
+    """Sequences that were found in one batch are not those of another."""
+    with pytest.raises(InvalidMaskError) as caught:
+        create_causal_mask(inputs_embeds=embeds(3, 6), attention_mask=UNPADDED, impl="takes_Unpadded")
+    assert str(caught.value) == (
+        "the attention mask is for 2 rows of 6 queries and 6 keys; wanted: for 3 rows of 6 queries."
+    )
+
+
+def test_the_padding_of_another_sequence_is_refused() -> None:
+    """In cross-attention the padding is the encoder's; a narrower mask is no static cache's."""
+    with pytest.raises(InvalidMaskError, match="the padding mask is of shape"):
+        create_bidirectional_mask(
+            inputs_embeds=embeds(2, 6),
+            encoder_hidden_states=embeds(2, 10),
+            attention_mask=torch.ones(2, 6).long(),
+            impl="sdpa",
+        )
+
+
+def test_slots_that_are_not_filled_stay_hidden() -> None:
+    """Neither a function that allows everything, nor a block, nor a mask of ones shows slots that hold nothing yet."""
+    for offset in (0, torch.tensor(0)):
+        options = {"past_key_values": Past(offset, size=6), "inputs_embeds": embeds(1, 3), "impl": "sdpa"}
+        masks_ = [
+            create_causal_mask(**options, or_mask_function=lambda b, h, q, kv: kv >= 0),
+            create_causal_mask(**options, block_sequence_ids=torch.zeros(1, 6).long()),
+            create_bidirectional_mask(**options, attention_mask=torch.ones(1, 6).long()),
+        ]
+        for mask in masks_:
+            assert mask[0, 0].tolist() == [[True] * 3 + [False] * 3] * 3
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ready_made_masks_pass(family, of_kind) -> None:
     """A complete mask of the backend's kind is returned as it is, without asking for a window or a chunk size."""
@@ -566,7 +598,7 @@ def test_ready_made_masks_pass(family, of_kind) -> None:
         "takes_bool": BOOL[:1],
         "takes_float": FLOAT.expand(2, 4, 6, 6),
         "takes_BlockMask": BlockMask(1, 1, 6, 6),
-        "takes_Unpadded": Unpadded(),
+        "takes_Unpadded": UNPADDED,
         "eager": FLOAT[:, :, :1].half(),
     }.items():
         config = Config(name, sliding_window=None, attention_chunk_size=None)
@@ -721,7 +753,7 @@ def test_ready_made_masks_fit_the_cache() -> None:
         (
             create_causal_mask,
             {"block_sequence_ids": 3},  # layer_idx has this place in create_chunked_causal_mask of transformers 5.17
-            "blocks' ids is a int; wanted: a bool or integer tensor of shape (batch, length).",
+            "blocks' ids is a int; wanted: an integer tensor of shape (batch, length).",
         ),
         (
             create_causal_mask,

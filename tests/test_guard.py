@@ -233,3 +233,19 @@ def test_wraps() -> None:
     guarded = guard("mine", attention, Capabilities())
     assert guarded.__name__ == "attention"
     assert guarded.__wrapped__ is attention
+
+
+def test_a_formatter_called_by_position_is_judged_too() -> None:
+    """What a backend does not declare is refused however the formatter is called, and a mask per head as well."""
+    only = Capabilities(is_causal=True, structures={"causal", "opaque"})
+    formatted = Backend(name="only", attention=attention, mask=masks.sdpa_mask, supports=only).format
+    documents = masks.documents(torch.zeros(6).long())
+    assert formatted(1, 6, 6, 0, 0, masks.causal()) is None
+    with pytest.raises(UnsupportedError, match="wants documents"):
+        formatted(1, 6, 6, 0, 0, masks.causal() & documents)
+    with pytest.raises(UnsupportedError, match="wants padding"):
+        formatted(1, 6, 6, 0, 0, masks.causal(), torch.ones(1, 6))
+    with pytest.raises(UnsupportedError, match="wants per_head"):
+        formatted(1, 6, 6, mask_function=lambda b, h, q, kv: kv <= q + h, num_heads=2)
+    with pytest.raises(TypeError, match="mask formatter takes batch_size, q_length, kv_length"):
+        formatted(1, 6, 6, 0, 0, masks.causal(), None, 7)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnreg import InvalidInputError, InvalidMaskError
-from attnreg.masks import bidirectional, causal, eager_mask, sdpa_mask
+from attnreg.masks import bidirectional, causal, documents, eager_mask, sdpa_mask
 from attnreg.masks.dense import dense
 
 
@@ -164,6 +164,22 @@ def test_scalar_functions_are_called_on_scalars() -> None:
             "a mask function is 'causal'; wanted: a callable (batch_idx, head_idx, q_idx, kv_idx) -> bool tensor.",
         ),
         ({"q_offset": -1}, "q_offset is -1; wanted: 0 or more."),
+        (
+            {"q_offset": torch.tensor(0.5)},
+            "q_offset is of dtype torch.float32 and shape (); wanted: an integer, or an integer tensor without axes.",
+        ),
+        (
+            {"mask_function": causal},
+            "a mask function is causal, which makes one; wanted: what causal(…) returns.",
+        ),
+        (
+            {"mask_function": lambda b, h, q, kv: True},
+            "a mask function's result is a bool; wanted: a bool tensor that broadcasts over the indices.",
+        ),
+        (
+            {"mask_function": documents(torch.zeros(3, 5).long()), "q_offset": torch.tensor(0)},
+            "documents' ids is of shape (3, 5); wanted: (2, 5): a row for each of the batch, and every position.",
+        ),
     ],
 )
 @pytest.mark.parametrize("format_", [sdpa_mask, eager_mask])

@@ -212,8 +212,22 @@ def test_compiles() -> None:
         (
             lambda: masks.prefix(torch.ones(2)),
             InvalidMaskError,
-            "the prefix lengths is of dtype torch.float32 and shape (2,); wanted: a bool or integer tensor of shape "
-            "(batch,).",
+            "the prefix lengths is of dtype torch.float32 and shape (2,); wanted: an integer tensor of shape (batch,).",
+        ),
+        (
+            lambda: masks.blocks(torch.tensor([True, False])),
+            InvalidMaskError,
+            "blocks' ids is of dtype torch.bool and shape (1, 2); wanted: an integer tensor of shape (batch, length).",
+        ),
+        (
+            lambda: masks.documents(cu_seqlens=torch.tensor([2, 5])),
+            InvalidMaskError,
+            "cu_seqlens is [2, 5]; wanted: 0, the end of the first document, … and the end of the last.",
+        ),
+        (
+            lambda: masks.documents(cu_seqlens=torch.tensor([0, 5, 3])),
+            InvalidMaskError,
+            "cu_seqlens is [0, 5, 3]; wanted: 0, the end of the first document, … and the end of the last.",
         ),
         (
             masks.documents,
@@ -234,7 +248,7 @@ def test_compiles() -> None:
         (
             lambda: masks.blocks([1, 2]),
             InvalidMaskError,
-            "blocks' ids is a list; wanted: a bool or integer tensor of shape (batch, length).",
+            "blocks' ids is a list; wanted: an integer tensor of shape (batch, length).",
         ),
         (
             lambda: masks.padding(torch.ones(1, 1, 3, 3).bool()),

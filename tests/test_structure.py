@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_masks import Call, calls
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnreg.masks import (
     And,
@@ -20,12 +21,15 @@ from attnreg.masks import (
     causal,
     chunked,
     documents,
+    eager_mask,
     padding,
     prefix,
+    sdpa_mask,
     sliding_window,
     window,
 )
 from attnreg.masks.building import build
+from attnreg.masks.dense import dense
 from attnreg.masks.extent import measured
 from attnreg.masks.structure import normalise
 
@@ -139,3 +143,85 @@ def test_structures_of_alternatives_are_normal_forms_too() -> None:
     assert structure.structures == {"opaque"}
     assert isinstance(simplest(~(causal() & window(1, 1)), 2, 9, 9).terms[0], Not)
     assert not any(isinstance(term, And) for term in structure.terms)
+
+
+LARGE = 300
+"""Queries and keys of a mask that is written block by block."""
+THIRDS = torch.arange(LARGE) // 100
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        causal() & documents(torch.tensor([3, 0, 2], dtype=torch.uint8)[THIRDS]),
+        causal() & documents(torch.tensor([-20000, 20000, 1], dtype=torch.int16)[THIRDS]),
+        causal() & documents(torch.tensor([2**62 + 1, -(2**62) - 5, 0])[THIRDS]),
+        causal() & documents(THIRDS == 1),
+        causal() & documents(cu_seqlens=torch.tensor([0, 100, 200, 300], dtype=torch.int16)),
+        causal() & chunked(64, torch.zeros(2, dtype=torch.uint8)),
+        causal() & chunked(256, torch.tensor([3, 250], dtype=torch.uint8)),
+        causal() & prefix(torch.tensor([100, 50], dtype=torch.int8)),
+        causal() | blocks(torch.tensor([-1, 4, 5], dtype=torch.int8)[THIRDS]),
+    ],
+)
+def test_narrow_and_huge_integers_do_not_wrap_around(function) -> None:
+    """Ids, pads and lengths of any integer dtype mean the numbers that they hold."""
+    mask = build(normalise(function, measured(2, LARGE, LARGE)), measured(2, LARGE, LARGE), None)
+    q, kv = torch.arange(LARGE)[:, None], torch.arange(LARGE)
+    (term,) = (term for term in function.terms if term != causal())
+    for row in range(2):
+        match type(term).__name__:
+            case "Documents":
+                ids = term.ids[0]
+                expected = (kv <= q) & (ids[:, None] == ids)
+            case "Blocks":
+                ids = term.ids[0]
+                expected = (kv <= q) | ((ids[:, None] == ids) & (ids >= 0))
+            case "Chunked":
+                pads = int(term.left_padding[row])
+                expected = (kv <= q) & ((q - pads) // term.size == (kv - pads) // term.size)
+            case _:
+                expected = (kv <= q) & (kv < int(term.length[row]))
+        assert torch.equal(mask[row, 0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_many_small_rows_are_written_together(dtype) -> None:
+    """A batch of short rows that all differ is the definition too."""
+    ids = torch.randint(0, 3, (5000, 8)).sort(dim=1).values
+    extent = measured(5000, 8, 8)
+    mask = build(normalise(causal() & documents(ids), extent), extent, None, dtype=dtype)
+    expected = dense(causal() & documents(ids), 5000, 8, 8)
+    assert torch.equal(mask if dtype == torch.bool else mask == 0, expected)
+
+
+def test_masks_without_values_are_built_without_reading_any() -> None:
+    """Fake tensors, a default device of another kind, and torch.vmap: large masks are built there, too."""
+    real = torch.ones(2, LARGE, dtype=torch.bool)
+    real[0, :7] = False
+    expected = sdpa_mask(2, LARGE, LARGE, attention_mask=real)
+    with torch.device("meta"):
+        assert torch.equal(sdpa_mask(2, LARGE, LARGE, attention_mask=real), expected)
+    with FakeTensorMode() as mode:
+        assert eager_mask(2, LARGE, LARGE, attention_mask=mode.from_tensor(real)).shape == (2, 1, LARGE, LARGE)
+        assert eager_mask(2, LARGE, LARGE).shape == (2, 1, LARGE, LARGE)
+    each = torch.vmap(lambda row: sdpa_mask(1, LARGE, LARGE, attention_mask=row[None])[0])(real)
+    assert torch.equal(each, expected)
+
+
+def test_a_mask_is_no_view_of_what_it_was_made_of() -> None:
+    """A generation loop that goes on writing to its padding mask does not change the masks of earlier steps."""
+    real = torch.ones(2, 6, dtype=torch.bool)
+    real[0, 0] = False
+    mask = sdpa_mask(2, 6, 6, mask_function=bidirectional(), attention_mask=real)
+    real[:] = False
+    assert mask[1].all()
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 4), (2, 0, 4), (2, 4, 0)])
+@pytest.mark.parametrize("function", [causal(), lambda b, h, q, kv: kv <= q, causal() & chunked(2)])
+def test_empty_masks(function, sizes) -> None:
+    """No rows, no queries or no keys: a mask of that shape, from a function as from a predicate."""
+    batch, queries, keys = sizes
+    mask = sdpa_mask(*sizes, max(keys - queries, 0), mask_function=function, allow_is_causal_skip=False)
+    assert mask.shape == (batch, 1, queries, keys)

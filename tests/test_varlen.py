@@ -264,6 +264,24 @@ def test_what_must_be_read_is_refused_in_a_trace() -> None:
         torch.export.export(Model(), (torch.zeros(1, 4, dtype=torch.long),), strict=False)
 
 
+def test_an_offset_that_is_a_tensor_is_checked_with_the_lengths() -> None:
+    """Queries that turn out to stand behind the last key are refused, as they are with an offset that is a number."""
+    for offset in (30, torch.tensor(30)):
+        with pytest.raises(UnsupportedMaskError, match="alignment: wants queries that"):
+            flash_attention_mask(1, 3, 8, offset)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 4), (2, 0, 4), (2, 4, 0), (2, 0, 0)])
+def test_nothing_has_no_sequences(sizes) -> None:
+    """Without rows, queries or keys there is nothing to unpad, with padding or without."""
+    batch, queries, keys = sizes
+    real = torch.zeros(batch, keys, dtype=torch.bool)
+    mask = flash_attention_mask(
+        batch, queries, keys, max(keys - queries, 0), mask_function=bidirectional(), attention_mask=real
+    )
+    assert mask.dense().shape == (batch, 1, queries, keys)
+
+
 @pytest.mark.gpu
 def test_the_device_is_waited_for_once() -> None:
     """Padding, windows and documents together cost one synchronisation."""

@@ -37,8 +37,11 @@ class Predicate:
         """The mask structures in it, in the words of `attnreg.STRUCTURES`."""
         return frozenset({"opaque"})
 
-    def check_sizes(self, batch_size: int, end: int) -> None:
-        """Raise `InvalidMaskError` unless every tensor in it covers *batch_size* rows and positions up to *end*."""
+    def check_sizes(self, batch_size: int, end: int, kv_end: int) -> None:
+        """Raise `InvalidMaskError` unless every tensor in it covers *batch_size* rows and the positions of a call.
+
+        The last query or key stands before position *end*, the last key before *kv_end*.
+        """
 
     def __and__(self, other: MaskFunction) -> Predicate:
         return and_masks(self, other) if callable(other) else NotImplemented
@@ -88,10 +91,10 @@ class _Terms(Predicate):
         """Whether all terms are."""
         return all(term.elementwise for term in self.terms)
 
-    def check_sizes(self, batch_size: int, end: int) -> None:
+    def check_sizes(self, batch_size: int, end: int, kv_end: int) -> None:
         """Check every term."""
         for term in self.terms:
-            term.check_sizes(batch_size, end)
+            term.check_sizes(batch_size, end, kv_end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +139,9 @@ class Not(Predicate):
         """Whether the term is."""
         return self.term.elementwise
 
-    def check_sizes(self, batch_size: int, end: int) -> None:
+    def check_sizes(self, batch_size: int, end: int, kv_end: int) -> None:
         """Check the term."""
-        self.term.check_sizes(batch_size, end)
+        self.term.check_sizes(batch_size, end, kv_end)
 
     def __call__(
         self, batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
@@ -177,6 +180,9 @@ def as_predicate(function: MaskFunction) -> Predicate:
     if not callable(function):
         wanted = "a callable (batch_idx, head_idx, q_idx, kv_idx) -> bool tensor"
         raise InvalidMaskError("a mask function", repr(function), wanted)
+    if getattr(function, "__module__", None) == "attnreg.masks.predicates":
+        name = getattr(function, "__name__", "")
+        raise InvalidMaskError("a mask function", f"{name}, which makes one", f"what {name}(…) returns")
     return Opaque(function)
 
 

@@ -13,12 +13,12 @@ from typing import Final
 
 import torch
 
-from attnreg.masks.dense import dense
-from attnreg.masks.extent import Extent, tracing
+from attnreg.masks.dense import dense, evaluate
+from attnreg.masks.extent import Extent, readable, tracing
 from attnreg.masks.memory import empty
 from attnreg.masks.segments import Segment, groups_pay, segments
-from attnreg.masks.structure import Structure
-from attnreg.masks.writing import Writer
+from attnreg.masks.structure import Structure, tensors
+from attnreg.masks.writing import Writer, indices_of
 
 _SMALL: Final = 1 << 16
 """Elements up to which blocks do not pay."""
@@ -49,10 +49,12 @@ def build(structure: Structure, extent: Extent, heads: int | None, *, dtype: tor
         return additive(_keys(structure, extent), dtype).expand(shape)
     if tracing() or extent.batch_size * (heads or 1) * extent.q_length * extent.kv_length <= _SMALL:
         return additive(_everywhere(structure, extent, heads), dtype).expand(shape)
-    batch, per_head = _axes(structure, extent, heads)
     device = torch.device(extent.device or torch.get_default_device())
+    if not all(readable(each) for each in (torch.empty(0, device=device), *tensors(structure))):
+        return additive(_everywhere(structure, extent, heads), dtype).expand(shape)
+    batch, per_head = _axes(structure, extent, heads)
     mask = empty((batch, per_head, *shape[2:]), dtype, device)
-    _write(mask, structure, extent)
+    (_write_rows if mask[0].numel() <= _SMALL else _write)(mask, structure, extent)
     return mask.expand(shape)
 
 
@@ -83,6 +85,16 @@ def _axes(structure: Structure, extent: Extent, heads: int | None) -> tuple[int,
     position = (1, 1, extent.start, extent.start)
     probe = dense(terms, extent.batch_size, *position, heads=heads, device=extent.device)
     return probe.shape[0], probe.shape[1]
+
+
+def _write_rows(mask: torch.Tensor, structure: Structure, extent: Extent) -> None:
+    """Write *mask* some rows of the batch at a time, each of which is small."""
+    batch_idx, head_idx, q_idx, kv_idx = indices_of(extent, *mask.shape[:2])
+    count = max(1, (_BLOCK if mask.is_cpu else _BLOCK_ELSEWHERE) // max(1, mask[0].numel()))
+    for first in range(0, len(batch_idx), count):
+        rows = batch_idx[first : first + count]
+        allowed = evaluate(structure, (rows, head_idx, q_idx, kv_idx), elementwise=structure.elementwise)
+        mask[first : first + count] = additive(allowed, mask.dtype)
 
 
 def _write(mask: torch.Tensor, structure: Structure, extent: Extent) -> None:

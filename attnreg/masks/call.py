@@ -163,7 +163,7 @@ def real_tokens(
     if allow_float and attention_mask.is_floating_point() and readable(attention_mask):
         ones = attention_mask == 1
         attention_mask = ones if bool(ones.all()) else attention_mask
-    real = absolute_keys(attention_mask.to(extent.device), extent)
+    real = absolute_keys(attention_mask.to(extent.device), extent, exact=cache is None)
     return None if real.is_cpu and is_all_real(real) else real
 
 

@@ -69,8 +69,17 @@ def composed(
     if position_ids is not None and encoder_hidden_states is None:
         documents = documents_of(position_ids, real, extent)
     plain = _pattern(pattern, size, real, documents, is_causal=is_causal)
-    mask_function = _deviating(plain, or_mask_function, and_mask_function, documents, block_sequence_ids, extent)
-    if past_key_values is not None and attention_mask is None and not is_causal:
+    mask_function = _deviating(
+        plain,
+        or_mask_function,
+        and_mask_function,
+        documents,
+        block_sequence_ids,
+        extent,
+        cached=past_key_values is not None,
+    )
+    opened = or_mask_function is not None or block_sequence_ids is not None
+    if past_key_values is not None and (opened or not is_causal):
         mask_function = _within_filled(mask_function, extent)
     # A decoding step that is compiled gets a tensor in every step, or it would be compiled again.
     static = extent.q_length == 1 and getattr(past_key_values, "is_compileable", False)
@@ -119,6 +128,8 @@ def _deviating(
     documents: Documents | None,
     block_sequence_ids: torch.Tensor | None,
     extent: Extent,
+    *,
+    cached: bool,
 ) -> Predicate:
     """Add, in this order, what makes the mask differ from that of the pattern; *plain* itself if nothing does."""
     mask_function = plain
@@ -129,7 +140,8 @@ def _deviating(
     if documents is not None:
         mask_function = mask_function & documents
     if block_sequence_ids is not None:
-        mask_function = mask_function | blocks(padded_ids(blocks(block_sequence_ids).ids, extent))
+        ids = blocks(block_sequence_ids).ids
+        mask_function = mask_function | blocks(padded_ids(ids, extent) if cached else ids.to(extent.device))
     return mask_function
 
 

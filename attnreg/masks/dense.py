@@ -58,7 +58,9 @@ def dense(
     if isinstance(mask_function, Predicate):
         elementwise = mask_function.elementwise
         if not isinstance(q_offset, torch.Tensor):
-            mask_function.check_sizes(batch_size, max(q_offset + q_length, kv_offset + kv_length))
+            mask_function.check_sizes(
+                batch_size, max(q_offset + q_length, kv_offset + kv_length), kv_offset + kv_length
+            )
     # Two stand-in heads are enough to see whether the function looks at the head at all.
     indices = torch.arange(batch_size, device=device), torch.arange(heads or 2, device=device), q_idx, kv_idx
     mask = evaluate(mask_function, indices, elementwise=bool(elementwise))
@@ -74,7 +76,9 @@ def evaluate(mask_function: MaskFunction, indices: Indices, *, elementwise: bool
     Returns:
         bool, four axes that broadcast over *indices*; batch and heads are 1 where all elements along them are equal.
     """
-    mask = (_broadcast if elementwise else _vmapped)(mask_function, indices)
+    if not elementwise and any(len(index) == 0 for index in indices):  # which torch.vmap does not take
+        return torch.ones([1, 1, *(len(index) for index in indices[2:])], dtype=torch.bool, device=indices[2].device)
+    mask = (_broadcast if elementwise else _vmapped)(_returning_tensors(mask_function), indices)
     if mask.dtype != torch.bool or mask.dim() > _RANK:
         got = f"of dtype {mask.dtype} and shape {tuple(mask.shape)}"
         raise InvalidMaskError("a mask function's result", got, "a bool tensor that broadcasts over the indices")
@@ -83,6 +87,19 @@ def evaluate(mask_function: MaskFunction, indices: Indices, *, elementwise: bool
         if mask.shape[axis] > 1 and mask.stride(axis) == 0:
             mask = mask.narrow(axis, 0, 1)
     return mask
+
+
+def _returning_tensors(mask_function: MaskFunction) -> MaskFunction:
+    """Check what a function returns. It also has a name, unlike a predicate, which torch.vmap would spell out."""
+
+    def checked(*indices: torch.Tensor) -> torch.Tensor:
+        result: object = mask_function(*indices)
+        if not isinstance(result, torch.Tensor):
+            got = f"a {type(result).__name__}"
+            raise InvalidMaskError("a mask function's result", got, "a bool tensor that broadcasts over the indices")
+        return result
+
+    return checked
 
 
 def heads_of(kwargs: Mapping[str, Any]) -> int | None:
@@ -103,8 +120,7 @@ def _vmapped(mask_function: MaskFunction, indices: Indices) -> torch.Tensor:
     # torch keeps this under a private name, and flex attention itself relies on it: it makes `ids[q_idx]` traceable.
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
-    # Not the object, which torch.vmap would spell out to have a name for it.
-    function = mask_function.__call__ if isinstance(mask_function, Predicate) else mask_function
+    function = mask_function
     for axis in reversed(range(_RANK)):
         in_dims = tuple(0 if position == axis else None for position in range(_RANK))
         function = torch.vmap(function, in_dims=in_dims)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 
@@ -88,6 +88,9 @@ def measured(
         kv_offset=kv_offset,
         device=device,
     )
+    if isinstance(q_offset, torch.Tensor) and (q_offset.is_floating_point() or q_offset.dim()):
+        got = f"of dtype {q_offset.dtype} and shape {tuple(q_offset.shape)}"
+        raise InvalidInputError("q_offset", got, "an integer, or an integer tensor without axes")
     for what in ("batch_size", "q_length", "kv_length", "q_offset", "kv_offset"):
         size = getattr(extent, what)
         if isinstance(size, int) and size < 0:
@@ -100,9 +103,13 @@ def tracing() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
+_is_batched: Final = torch._C._functorch.is_batchedtensor  # noqa: SLF001 # pyright: ignore[reportAttributeAccessIssue]
+"""Whether a tensor stands for many, inside of torch.vmap."""
+
+
 def readable(tensor: torch.Tensor) -> bool:
     """Whether values can be read: not in a trace, on meta, or during the capture of a CUDA graph."""
     # A subclass is a fake or functional tensor, which stands for values that are not there yet.
-    if tracing() or type(tensor) is not torch.Tensor or tensor.is_meta:
+    if tracing() or type(tensor) is not torch.Tensor or tensor.is_meta or _is_batched(tensor):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -117,7 +117,7 @@ def eager_mask(
         InvalidInputError: as in `sdpa_mask`, or *dtype* is not a floating dtype.
         InvalidMaskError: as in `sdpa_mask`.
     """
-    if not dtype.is_floating_point:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InvalidInputError("the dtype of an additive mask", str(dtype), "the query's floating dtype")
     device = kwargs.get("device") if attention_mask is None else attention_mask.device
     extent = measured(batch_size, q_length, kv_length, q_offset, kv_offset, device)

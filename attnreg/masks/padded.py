@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from attnreg.masks.extent import Extent
 
 
-def absolute_keys(attention_mask: torch.Tensor, extent: Extent) -> torch.Tensor:
+def absolute_keys(attention_mask: torch.Tensor, extent: Extent, *, exact: bool = False) -> torch.Tensor:
     """Check a padding mask against one call, and return it as bool `(batch_size, extent.kv_end)`.
 
     Args:
         attention_mask: bool or integer, `(batch_size, width)`; column j is the token at position j. Keys to the right
             of it are slots that a static cache has not filled yet: they are no real tokens.
         extent: the call.
+        exact: there is no cache, so there are no such slots.
 
     Raises:
         InvalidMaskError: wrong dtype, shape or width.
@@ -31,9 +32,10 @@ def absolute_keys(attention_mask: torch.Tensor, extent: Extent) -> torch.Tensor:
     if len(shape) != 2 or shape[0] != extent.batch_size:  # noqa: PLR2004 - batch and length
         raise InvalidMaskError("the padding mask", f"of shape {shape}", _wanted(extent))
     width, q_end = shape[1], extent.q_end
-    if width > needed or (width < needed and q_end is not None and width < q_end):
+    if width > needed or (width < needed and (exact or (q_end is not None and width < q_end))):
         raise InvalidMaskError("the padding mask", f"of shape {shape}", _wanted(extent))
-    mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
+    # A copy also of a mask that is boolean already: the caller may go on writing to it.
+    mask = attention_mask.clone() if attention_mask.dtype == torch.bool else attention_mask != 0
     return torch.nn.functional.pad(mask, (0, needed - width), value=False) if width < needed else mask
 
 

@@ -11,6 +11,7 @@ import torch
 
 from attnreg.errors import InvalidInputError, InvalidMaskError
 from attnreg.masks.algebra import Predicate
+from attnreg.masks.extent import readable
 
 _ROWS = 2
 
@@ -77,7 +78,7 @@ class Chunked(Predicate):
         """Its name among the mask structures."""
         return frozenset({"chunked"})
 
-    def check_sizes(self, batch_size: int, end: int) -> None:
+    def check_sizes(self, batch_size: int, end: int, kv_end: int) -> None:
         """Check the number of rows."""
         if self.left_padding is not None:
             _check_rows("left_padding", self.left_padding, batch_size)
@@ -102,7 +103,7 @@ class Documents(Predicate):
         """Its name among the mask structures."""
         return frozenset({"documents"})
 
-    def check_sizes(self, batch_size: int, end: int) -> None:
+    def check_sizes(self, batch_size: int, end: int, kv_end: int) -> None:
         """Check rows and length."""
         _check_table("documents' ids", self.ids, batch_size, end)
 
@@ -124,7 +125,7 @@ class Blocks(Predicate):
         """Its name among the mask structures."""
         return frozenset({"blocks"})
 
-    def check_sizes(self, batch_size: int, end: int) -> None:
+    def check_sizes(self, batch_size: int, end: int, kv_end: int) -> None:
         """Check rows and length."""
         _check_table("blocks' ids", self.ids, batch_size, end)
 
@@ -147,9 +148,9 @@ class Padding(Predicate):
         """Its name among the mask structures."""
         return frozenset({"padding"})
 
-    def check_sizes(self, batch_size: int, end: int) -> None:
-        """Check rows and length."""
-        _check_table("the padding mask", self.real, batch_size, end)
+    def check_sizes(self, batch_size: int, end: int, kv_end: int) -> None:
+        """Check rows and length, which only keys count for."""
+        _check_table("the padding mask", self.real, batch_size, kv_end)
 
     def __call__(
         self, batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
@@ -168,7 +169,7 @@ class Prefix(Predicate):
         """Its name among the mask structures."""
         return frozenset({"prefix"})
 
-    def check_sizes(self, batch_size: int, end: int) -> None:
+    def check_sizes(self, batch_size: int, end: int, kv_end: int) -> None:
         """Check the number of rows."""
         if isinstance(self.length, torch.Tensor):
             _check_rows("the prefix lengths", self.length, batch_size)
@@ -222,7 +223,7 @@ def chunked(size: int, left_padding: torch.Tensor | None = None) -> Chunked:
         InvalidMaskError: *left_padding* is no integer tensor of one axis.
     """
     if left_padding is not None:
-        _check_integers("left_padding", left_padding, axes=1)
+        left_padding = _check_integers("left_padding", left_padding, axes=1)
     return Chunked(_count("the size of a chunk", size, at_least=1), left_padding)
 
 
@@ -240,13 +241,15 @@ def documents(ids: torch.Tensor | None = None, *, cu_seqlens: torch.Tensor | Non
     if (ids is None) == (cu_seqlens is None):
         raise InvalidMaskError("documents()", "given neither or both", "either ids or cu_seqlens")
     if cu_seqlens is not None:
-        _check_integers("cu_seqlens", cu_seqlens, axes=1)
+        cu_seqlens = _check_integers("cu_seqlens", cu_seqlens, axes=1)
+        wanted = "0, the end of the first document, … and the end of the last"
         if cu_seqlens.numel() < _ROWS:
-            wanted = "0, the end of the first document, … and the end of the last"
             raise InvalidMaskError("cu_seqlens", f"of shape {tuple(cu_seqlens.shape)}", wanted)
         lengths = cu_seqlens.diff()
+        if readable(cu_seqlens) and bool((cu_seqlens[0] != 0) | (lengths < 0).any()):
+            raise InvalidMaskError("cu_seqlens", str(cu_seqlens.tolist()), wanted)
         return Documents(torch.arange(len(lengths), device=cu_seqlens.device).repeat_interleave(lengths)[None])
-    return Documents(_table("documents' ids", ids))
+    return Documents(_table("documents' ids", ids, booleans=True))
 
 
 def blocks(ids: torch.Tensor) -> Blocks:
@@ -270,7 +273,7 @@ def padding(attention_mask: torch.Tensor) -> Padding:
     Raises:
         InvalidMaskError: *attention_mask* is not what is said above.
     """
-    return Padding(_table("the padding mask", attention_mask) != 0)
+    return Padding(_table("the padding mask", attention_mask, booleans=True) != 0)
 
 
 def prefix(length: int | torch.Tensor) -> Prefix:
@@ -284,8 +287,7 @@ def prefix(length: int | torch.Tensor) -> Prefix:
         InvalidMaskError: a tensor that is not what is said above.
     """
     if isinstance(length, torch.Tensor):
-        _check_integers("the prefix lengths", length, axes=1)
-        return Prefix(length)
+        return Prefix(_check_integers("the prefix lengths", length, axes=1))
     return Prefix(_count("the length of a prefix", length, at_least=0))
 
 
@@ -300,19 +302,22 @@ def _count(what: str, size: int, *, at_least: int) -> int:
     return size
 
 
-def _table(what: str, tensor: object) -> torch.Tensor:
+def _table(what: str, tensor: object, *, booleans: bool = False) -> torch.Tensor:
     if isinstance(tensor, torch.Tensor) and tensor.dim() == 1:
         tensor = tensor[None]
-    return _check_integers(what, tensor, axes=_ROWS)
+    return _check_integers(what, tensor, axes=_ROWS, booleans=booleans)
 
 
-def _check_integers(what: str, tensor: object, *, axes: int) -> torch.Tensor:
-    wanted = f"a bool or integer tensor of shape ({'batch,' if axes == 1 else 'batch, length'})"
+def _check_integers(what: str, tensor: object, *, axes: int, booleans: bool = False) -> torch.Tensor:
+    """Return *tensor* as int64: arithmetic on narrower integers wraps around."""
+    kind = "a bool or integer" if booleans else "an integer"
+    wanted = f"{kind} tensor of shape ({'batch,' if axes == 1 else 'batch, length'})"
     if not isinstance(tensor, torch.Tensor):
         raise InvalidMaskError(what, f"a {type(tensor).__name__}", wanted)
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dim() != axes:
+    wrong = tensor.is_floating_point() or tensor.is_complex() or (tensor.dtype == torch.bool and not booleans)
+    if wrong or tensor.dim() != axes:
         raise InvalidMaskError(what, f"of dtype {tensor.dtype} and shape {tuple(tensor.shape)}", wanted)
-    return tensor
+    return tensor.long()
 
 
 def _check_table(what: str, table: torch.Tensor, batch_size: int, end: int) -> None:

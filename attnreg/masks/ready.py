@@ -46,7 +46,9 @@ def check_ready(
     if kind not in takes:
         wanted = " or ".join([*(_DESCRIBED[each] for each in _DESCRIBED if each in takes), "a 2D padding mask"])
         raise InvalidMaskError("the attention mask", _described(mask), wanted)
-    if kind != "Unpadded":
+    if kind == "Unpadded":
+        _check_unpadded(mask, extent)
+    else:
         _check_shape(mask, extent, heads, keys_known=keys_known)
     return mask
 
@@ -78,6 +80,13 @@ def _check_shape(mask: Any, extent: Extent, heads: int | None, *, keys_known: bo
         keys = extent.kv_length if keys_known else f"{extent.q_length} or more"
         sizes = f"({extent.batch_size} or 1, {heads or 'heads'} or 1, {extent.q_length} or 1, {keys})"
         raise InvalidMaskError("the attention mask", f"of shape {tuple(mask.shape)}", sizes)
+
+
+def _check_unpadded(mask: Any, extent: Extent) -> None:
+    sizes = mask.batch_size, mask.q_length, mask.kv_length
+    if sizes[:2] != (extent.batch_size, extent.q_length) or sizes[2] < extent.q_length:
+        got = "for {} rows of {} queries and {} keys".format(*sizes)
+        raise InvalidMaskError("the attention mask", got, f"for {extent.batch_size} rows of {extent.q_length} queries")
 
 
 def _broadcasts(size: int, wanted: int) -> bool:

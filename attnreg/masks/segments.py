@@ -43,8 +43,8 @@ def segments(structure: Structure, extent: Extent, row: int, size: int, *, group
     starts = set(range(0, extent.q_length, size))
     if grouped:
         starts.update(position for term in _grouped(structure) for position in _changes(term, extent, row))
-    begin = torch.tensor(sorted(starts))
-    end = torch.cat([begin[1:], torch.tensor([extent.q_length])])
+    begin = torch.tensor(sorted(starts), device="cpu")
+    end = torch.cat([begin[1:], torch.tensor([extent.q_length], device="cpu")])
     low, high = _bounds(structure, extent, row, begin + extent.q_offset, end + extent.q_offset - 1)
     low, high = (each.clamp(extent.kv_offset, extent.kv_end) - extent.kv_offset for each in (low, high))
     return [Segment(*each) for each in torch.stack([begin, end, low.minimum(high), high], dim=-1).tolist()]
@@ -118,7 +118,7 @@ def _of_term(
             return begin, end
         case Documents():
             ids = term.ids[row if term.ids.shape[0] > 1 else 0]
-            if bool((ids.diff() < 0).any()):
+            if bool((ids[1:] < ids[:-1]).any()):
                 return None
             return torch.searchsorted(ids, ids[first]), torch.searchsorted(ids, ids[last], right=True)
         case _:

@@ -143,13 +143,32 @@ def normalise(
         InvalidMaskError: no mask function, or a tensor that does not cover the batch or the positions.
     """
     predicate = as_predicate(mask_function)
-    if extent.known:
-        predicate.check_sizes(extent.batch_size, extent.end)
+    predicate.check_sizes(extent.batch_size, extent.end, extent.kv_end)
     structure = _conjunction(_flat(predicate, elementwise=elementwise), extent, elementwise=elementwise)
     if attention_mask is not None:
         real = Padding(absolute_keys(attention_mask, extent))
         structure = replace(structure, padding=_both(structure.padding, real, extent))
     return _without_idle(structure, extent) if read and extent.known and not tracing() else structure
+
+
+def tensors(structure: Structure) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a structure is made of, at any depth; those that opaque functions hold are not known."""
+    if structure.padding is not None:
+        yield structure.padding.real
+    for term in structure.terms:
+        match term:
+            case Documents() | Blocks():
+                yield term.ids
+            case Chunked(left_padding=torch.Tensor() as pads):
+                yield pads
+            case Prefix(length=torch.Tensor() as length):
+                yield length
+            case Or() | Not():
+                for inner in term.terms if isinstance(term, Or) else (term.term,):
+                    if isinstance(inner, Structure):
+                        yield from tensors(inner)
+            case _:
+                continue
 
 
 def _flat(predicate: Predicate, *, elementwise: bool) -> Iterator[Predicate]:
@@ -244,6 +263,8 @@ def _without_idle(structure: Structure, extent: Extent) -> Structure:
     if not questions:
         return structure
     answers = questions[0][1][None] if len(questions) == 1 else torch.stack([answer for _, answer in questions])
+    if not readable(answers):  # a fake mode, which real tensors have come into
+        return structure
     idle = {id(term) for (term, _), answer in zip(questions, answers.tolist(), strict=True) if answer}
     if not idle:
         return structure

@@ -78,7 +78,7 @@ class Unpadded:
         if self.indices_q is None:
             return output.reshape(rows)
         if self.bounded and self.cu_seqlens_q is not None:  # the kernel has not written behind the last sequence
-            unwritten = torch.arange(len(output), device=output.device) >= self.cu_seqlens_q[-1]
+            unwritten = torch.arange(output.shape[0], device=output.device) >= self.cu_seqlens_q[-1]
             output = output.masked_fill(unwritten.reshape(-1, *(1,) * (output.dim() - 1)), 0.0)
         flat = output.new_zeros((self.batch_size * self.q_length, *output.shape[1:]))
         return flat.index_copy(0, self.indices_q, output).reshape(rows)
@@ -129,6 +129,7 @@ class Found:
     mask: Unpadded
     holes: bool
     recurring: bool
+    outside: bool
 
 
 def unpadded(structure: Structure, extent: Extent) -> Found:
@@ -139,14 +140,15 @@ def unpadded(structure: Structure, extent: Extent) -> Found:
         extent: the call. With documents or chunks every query is at the position of one of the keys.
 
     Returns:
-        The mask; whether there is padding between real tokens of one sequence; and whether a document goes on after
-        another one has begun. With holes, and causality or a window, queries that are padding are left out.
+        The mask; whether there is padding between real tokens of one sequence; whether a document goes on after
+        another one has begun; and whether a query is at no key's position. With holes, and causality or a window,
+        queries that are padding are left out.
     """
     tables = _Tables.of(structure, extent)
     lengths_k, lengths_q = tables.lengths_k, tables.lengths_q
     total = extent.batch_size * extent.kv_length
     asked = [tables.runs, lengths_k.sum(), lengths_q.sum(), lengths_k.max(), lengths_q.max(), *tables.doubts]
-    runs, total_k, total_q, max_k, max_q, holes, recurring = torch.stack(asked).tolist()
+    runs, total_k, total_q, max_k, max_q, holes, recurring, outside = torch.stack(asked).tolist()
     all_k, all_q = total_k == total, total_q == extent.batch_size * extent.q_length
     whole = all_k and all_q and runs == extent.batch_size
     mask = Unpadded(
@@ -164,7 +166,7 @@ def unpadded(structure: Structure, extent: Extent) -> Found:
         indices_q=None if all_q else _indices(tables.kept, total_q),
         indices_k=None if all_k else _indices(tables.visible, total_k),
     )
-    return Found(mask=mask, holes=bool(holes), recurring=bool(recurring))
+    return Found(mask=mask, holes=bool(holes), recurring=bool(recurring), outside=bool(outside))
 
 
 def bounded(structure: Structure, extent: Extent) -> Unpadded:
@@ -205,7 +207,7 @@ class _Tables:
         lengths_k: int64 `(runs or more,)`, keys of each sequence.
         lengths_q: the same for queries.
         runs: 0-dim, the number of sequences.
-        doubts: 0-dim each: holes, and recurring documents.
+        doubts: 0-dim each: holes, recurring documents, and queries at no key's position.
     """
 
     visible: torch.Tensor
@@ -214,7 +216,7 @@ class _Tables:
     lengths_k: torch.Tensor
     lengths_q: torch.Tensor
     runs: torch.Tensor
-    doubts: tuple[torch.Tensor, torch.Tensor]
+    doubts: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
     @classmethod
     def of(cls, structure: Structure, extent: Extent) -> _Tables:
@@ -254,7 +256,7 @@ class _Tables:
             lengths_k=lengths_k,
             lengths_q=_counted(kept, run_q, size),
             runs=run_k[-1, -1] + 1,
-            doubts=(holes, recurring),
+            doubts=(holes, recurring, ((q_positions < extent.kv_offset) | (q_positions >= extent.kv_end)).any()),
         )
 
 

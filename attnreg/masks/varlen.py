@@ -14,9 +14,9 @@ import torch
 from attnreg.capabilities import Reason
 from attnreg.errors import UnsupportedMaskError
 from attnreg.masks.expression import expresses
-from attnreg.masks.extent import Extent, measured, tracing
+from attnreg.masks.extent import Extent, measured, readable, tracing
 from attnreg.masks.predicates import Bidirectional, Causal, Chunked, Documents, Prefix, causal
-from attnreg.masks.structure import Structure, normalise
+from attnreg.masks.structure import Structure, normalise, tensors
 from attnreg.masks.unpadding import Unpadded, bounded, unpadded
 
 if TYPE_CHECKING:
@@ -133,7 +133,8 @@ def _format(
     else:
         structure = normalise(mask_function, extent, attention_mask, read=False)
     structure = _checked(name, structure, extent)
-    if structure.only_band and (extent.aligned or not structure.banded):
+    empty = extent.batch_size == 0 or extent.q_length == 0 or extent.kv_length == 0
+    if empty or (structure.only_band and (extent.aligned or not structure.banded)):
         mask = _whole(structure, extent)
     else:
         mask = _sequences(name, structure, extent)
@@ -159,13 +160,19 @@ def _whole(structure: Structure, extent: Extent) -> Unpadded:
 
 
 def _sequences(name: str, structure: Structure, extent: Extent) -> Unpadded:
-    if tracing():
+    if tracing() or not _readable(structure, extent):
         if structure.only_order_matters and not structure.of(Documents) and not structure.of(Chunked):
             return bounded(structure, extent)
         wanted = "documents, chunks, or a window over padding, inside a trace"
         fix = "Build the mask outside the compiled or exported function, and pass it in."
         raise UnsupportedMaskError(name, [Reason("trace", wanted, "causality and padding", fix)])
     found = unpadded(structure, extent)
+    grouped = any(isinstance(term, Documents | Chunked) for term in structure.terms)
+    if found.outside and not extent.known and (structure.banded or grouped):
+        supported = "queries that are among the keys"
+        raise UnsupportedMaskError(
+            name, [Reason("alignment", "queries that are at no key's position", supported, _FIX)]
+        )
     if found.recurring:
         wanted = "a document that goes on after another one has begun"
         raise UnsupportedMaskError(name, [Reason("documents", wanted, "documents in one piece", _FIX)])
@@ -173,6 +180,11 @@ def _sequences(name: str, structure: Structure, extent: Extent) -> Unpadded:
         wanted = "a window over padding that lies between real tokens"
         raise UnsupportedMaskError(name, [Reason("padding", wanted, "padding on the left or the right", _FIX)])
     return found.mask
+
+
+def _readable(structure: Structure, extent: Extent) -> bool:
+    """Whether lengths can be read: not in a fake mode, and not of a tensor that stands for many."""
+    return all(readable(each) for each in (torch.empty(0, device=extent.device), *tensors(structure)))
 
 
 def _checked(name: str, structure: Structure, extent: Extent) -> Structure:

@@ -24,7 +24,7 @@ class Writer:
     def __init__(self, structure: Structure, extent: Extent, plan: Plan, mask: torch.Tensor, *, grouped: bool) -> None:
         self._mask = mask
         self._hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        self._index = _indices(extent, *mask.shape[:2])
+        self._index = indices_of(extent, *mask.shape[:2])
         # Without nesting, an additive mask is the minimum of two additive parts, and never boolean in between.
         flat = _Conjunction(structure, extent, plan, mask.dtype, grouped=grouped)
         self._boolean = mask.dtype != torch.bool and bool(flat.nested or flat.loose)
@@ -146,7 +146,8 @@ def _intersect(parts: list[torch.Tensor], target: torch.Tensor) -> None:
         both(target, part, out=target)
 
 
-def _indices(extent: Extent, batch: int, heads: int) -> Indices:
+def indices_of(extent: Extent, batch: int, heads: int) -> Indices:
+    """Return the first *batch* rows and *heads* heads, and the positions of all queries and keys."""
     return (
         torch.arange(batch, device=extent.device),
         torch.arange(heads, device=extent.device),

@@ -153,7 +153,7 @@ def _view_of_function(
     if attention_mask is not None:
         real = padding(attention_mask)
         batch_size = len(real.real) if batch_size is None else batch_size
-        real.check_sizes(batch_size, kv_offset + kv_length)
+        real.check_sizes(batch_size, kv_offset + kv_length, kv_offset + kv_length)
         keys = real.real[:, kv_offset : kv_offset + kv_length]
         device = keys.device if device is None else device
     batch_size = 1 if batch_size is None else _count("batch_size", batch_size)
