@@ -24,7 +24,9 @@ def always(b, h, q, kv):
 @st.composite
 def functions(draw, batch: int = 2, depth: int = 2):  # noqa: PLR0911 - one for each kind
     """Draw a mask function as transformers makes them, and whether all of it can be read."""
-    kinds = ["causal", "bidirectional", "sliding", "both sides", "chunked", "blocks", "packed", "padding", "own"]
+    kinds = ["causal", "bidirectional", "sliding", "both sides", "chunked", "blocks", "padding", "own"]
+    if hasattr(masking_utils, "packed_sequence_compatibility_function"):  # since 5.23
+        kinds.append("packed")
     kind = draw(st.sampled_from(kinds + ["and", "or"] * (depth > 0)))
     size = draw(st.integers(1, 4))
     table = torch.tensor([draw(st.lists(st.integers(-1, 2), min_size=LENGTH, max_size=LENGTH)) for _ in range(batch)])

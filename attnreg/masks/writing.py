@@ -35,9 +35,9 @@ class Writer:
         begin, end, low, high = segment
         queries = self._mask[row, :, begin:end]
         if low > 0:
-            queries[..., :low] = self._hidden
+            queries[..., :low].fill_(self._hidden)
         if high < queries.shape[-1]:
-            queries[..., high:] = self._hidden
+            queries[..., high:].fill_(self._hidden)
         if low == high:
             return
         target = queries[..., low:high]
