@@ -14,11 +14,11 @@ from typing import Final
 import torch
 
 from attnreg.masks.dense import dense, evaluate
-from attnreg.masks.extent import Extent, readable, tracing
+from attnreg.masks.extent import Extent, tracing
 from attnreg.masks.memory import empty
 from attnreg.masks.segments import Segment, groups_pay, segments
-from attnreg.masks.structure import Structure, tensors
-from attnreg.masks.writing import Writer, indices_of
+from attnreg.masks.structure import Structure, concrete
+from attnreg.masks.writing import Writer, additive, indices_of
 
 _SMALL: Final = 1 << 16
 """Elements up to which blocks do not pay."""
@@ -50,20 +50,12 @@ def build(structure: Structure, extent: Extent, heads: int | None, *, dtype: tor
     if tracing() or extent.batch_size * (heads or 1) * extent.q_length * extent.kv_length <= _SMALL:
         return additive(_everywhere(structure, extent, heads), dtype).expand(shape)
     device = torch.device(extent.device or torch.get_default_device())
-    if not all(readable(each) for each in (torch.empty(0, device=device), *tensors(structure))):
+    if not concrete(structure, extent):
         return additive(_everywhere(structure, extent, heads), dtype).expand(shape)
     batch, per_head = _axes(structure, extent, heads)
     mask = empty((batch, per_head, *shape[2:]), dtype, device)
     (_write_rows if mask[0].numel() <= _SMALL else _write)(mask, structure, extent)
     return mask.expand(shape)
-
-
-def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Turn a boolean mask into what is added to scores, unless it is a boolean mask that is wanted."""
-    if dtype == torch.bool:
-        return mask
-    # Far faster on the CPU than torch.where or masked_fill: these two are vectorised.
-    return mask.to(dtype).sub_(1).mul_(torch.finfo(dtype).max)
 
 
 def _keys(structure: Structure, extent: Extent) -> torch.Tensor:

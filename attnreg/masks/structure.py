@@ -76,6 +76,11 @@ class Structure(Predicate):
         return self.left is None and self.right in (0, None)
 
     @property
+    def in_groups(self) -> bool:
+        """Whether queries see their own document or chunk alone."""
+        return any(isinstance(term, Documents | Chunked) for term in self.terms)
+
+    @property
     def only_causal(self) -> bool:
         """Whether this is causality and nothing else."""
         return self.right == 0 and self.left is None and self.only_band
@@ -169,6 +174,11 @@ def tensors(structure: Structure) -> Iterator[torch.Tensor]:
                         yield from tensors(inner)
             case _:
                 continue
+
+
+def concrete(structure: Structure, extent: Extent) -> bool:
+    """Whether values can be read: not in a trace or a fake mode, nor of tensors that stand for many."""
+    return all(readable(each) for each in (torch.empty(0, device=extent.device), *tensors(structure)))
 
 
 def _flat(predicate: Predicate, *, elementwise: bool) -> Iterator[Predicate]:

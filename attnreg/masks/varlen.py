@@ -14,9 +14,9 @@ import torch
 from attnreg.capabilities import Reason
 from attnreg.errors import UnsupportedMaskError
 from attnreg.masks.expression import expresses
-from attnreg.masks.extent import Extent, measured, readable, tracing
+from attnreg.masks.extent import Extent, measured
 from attnreg.masks.predicates import Bidirectional, Causal, Chunked, Documents, Prefix, causal
-from attnreg.masks.structure import Structure, normalise, tensors
+from attnreg.masks.structure import Structure, concrete, normalise
 from attnreg.masks.unpadding import Unpadded, bounded, unpadded
 
 if TYPE_CHECKING:
@@ -160,15 +160,14 @@ def _whole(structure: Structure, extent: Extent) -> Unpadded:
 
 
 def _sequences(name: str, structure: Structure, extent: Extent) -> Unpadded:
-    if tracing() or not _readable(structure, extent):
-        if structure.only_order_matters and not structure.of(Documents) and not structure.of(Chunked):
+    if not concrete(structure, extent):
+        if structure.only_order_matters and not structure.in_groups:
             return bounded(structure, extent)
         wanted = "documents, chunks, or a window over padding, inside a trace"
         fix = "Build the mask outside the compiled or exported function, and pass it in."
         raise UnsupportedMaskError(name, [Reason("trace", wanted, "causality and padding", fix)])
     found = unpadded(structure, extent)
-    grouped = any(isinstance(term, Documents | Chunked) for term in structure.terms)
-    if found.outside and not extent.known and (structure.banded or grouped):
+    if found.outside and not extent.known and (structure.banded or structure.in_groups):
         supported = "queries that are among the keys"
         raise UnsupportedMaskError(
             name, [Reason("alignment", "queries that are at no key's position", supported, _FIX)]
@@ -182,11 +181,6 @@ def _sequences(name: str, structure: Structure, extent: Extent) -> Unpadded:
     return found.mask
 
 
-def _readable(structure: Structure, extent: Extent) -> bool:
-    """Whether lengths can be read: not in a fake mode, and not of a tensor that stands for many."""
-    return all(readable(each) for each in (torch.empty(0, device=extent.device), *tensors(structure)))
-
-
 def _checked(name: str, structure: Structure, extent: Extent) -> Structure:
     """Return *structure* if it is made of what sequences can express, or raise with all that is not."""
     reasons = [
@@ -196,8 +190,7 @@ def _checked(name: str, structure: Structure, extent: Extent) -> Structure:
     if structure.banded and structure.of(Prefix):
         reasons.append(Reason("prefix", "a prefix beside causality or a window", "a prefix alone", _FIX))
     inside = extent.kv_offset <= extent.start and extent.end <= extent.kv_end
-    grouped = any(isinstance(term, Documents | Chunked) for term in structure.terms)
-    if grouped and extent.known and not inside:
+    if structure.in_groups and extent.known and not inside:
         wanted = "documents or chunks for queries that are at no key's position"
         reasons.append(Reason("documents", wanted, "queries that are among the keys", _FIX))
     if structure.banded and not _alignable(structure, extent):

@@ -18,6 +18,14 @@ Plan = list[list[Segment]]
 _FAR: Final = 1 << 30
 
 
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Turn a boolean mask into what is added to scores, unless it is a boolean mask that is wanted."""
+    if dtype == torch.bool:
+        return mask
+    # Far faster on the CPU than torch.where or masked_fill: these two are vectorised.
+    return mask.to(dtype).sub_(1).mul_(torch.finfo(dtype).max)
+
+
 class Writer:
     """Writes the segments of *plan* into *mask*, bool or additive."""
 
@@ -46,7 +54,7 @@ class Writer:
         if self._boolean:
             allowed = torch.empty(target.shape, dtype=torch.bool, device=target.device)
             self._root.write(allowed, here, row, segment)
-            target.copy_(allowed).sub_(1).mul_(torch.finfo(target.dtype).max)
+            target.copy_(additive(allowed, target.dtype))
         else:
             self._root.write(target, here, row, segment)
 
@@ -105,7 +113,7 @@ class _Conjunction:
         """Evaluate what all queries of a segment share, for the first of them: `(heads, 1, keys)`."""
         batch_idx, head_idx, q_idx, kv_idx = here
         keys = evaluate(Structure(terms=self._rows), (batch_idx, head_idx, q_idx[:1], kv_idx), elementwise=True)[0]
-        return keys if self._dtype == torch.bool else keys.to(self._dtype).sub_(1).mul_(torch.finfo(self._dtype).max)
+        return additive(keys, self._dtype)
 
 
 class _Tile:
@@ -122,7 +130,7 @@ class _Tile:
         left = _FAR if structure.left is None else structure.left
         right = _FAR if structure.right is None else structure.right
         band = (key <= query + right) & (key >= query - left)
-        self._band = band if dtype == torch.bool else band.to(dtype).sub_(1).mul_(torch.finfo(dtype).max)
+        self._band = additive(band, dtype)
 
     def at(self, segment: Segment) -> torch.Tensor:
         """Return the segment's part, `(queries, keys)`."""
