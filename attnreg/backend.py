@@ -34,7 +34,9 @@ class AttentionFunction(Protocol):
 
     Returns:
         The output `(batch, query_length, query_heads, value_head_dim)` in query's dtype, and the attention weights
-        `(batch, query_heads, query_length, kv_length)` or None.
+        `(batch, query_heads, query_length, kv_length)` or None. With `return_lse=True`, which only a backend that
+        declares `lse` is asked for, a third: the log-sum-exp of the scaled, capped, biased and masked scores without
+        sinks, natural logarithm, float32 `(batch, query_heads, query_length)`, -inf for a query without any key.
     """
 
     def __call__(
@@ -45,7 +47,7 @@ class AttentionFunction(Protocol):
         value: torch.Tensor,
         attention_mask: Any,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]: ...
 
 
 class MaskFormatter(Protocol):

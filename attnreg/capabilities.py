@@ -8,13 +8,13 @@ show what it returns.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from attnreg.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
 _DEVICE: Final = re.compile(r"[a-z][a-z0-9_]*")
 _DTYPE: Final = re.compile(r"(b?float|u?int|complex)[0-9][0-9a-z_]*|bool")
@@ -85,6 +85,7 @@ class Capabilities:
         backward: gradients flow. True unless said otherwise, as in every function written in PyTorch.
         lossy: quantised, so its error is above that of the dtype; `auto` leaves it out unless allowed.
         priority: `auto` prefers the larger; `eager` has 10 and `sdpa` 50.
+        on: what holds instead on one device type, such as `{"cpu": {"dropout": False}}`; see `at`.
     """
 
     devices: frozenset[str] | None = None
@@ -108,6 +109,7 @@ class Capabilities:
     backward: bool = True
     lossy: bool = False
     priority: int = 0
+    on: Mapping[str, Mapping[str, Any]] | tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         """Accept any iterable of names for the sets, and refuse what means nothing."""
@@ -119,6 +121,25 @@ class Capabilities:
         for dtype in self.dtypes or ():
             _check_word("a dtype", dtype, _DTYPE, "a torch dtype, such as float32 or bfloat16")
         _check_numbers(self, at_least_one=("max_head_dim", "head_dim_multiple"), any_integer=("priority",))
+        object.__setattr__(self, "on", tuple((device, tuple(dict(own).items())) for device, own in _pairs(self.on)))
+        for device, _ in _pairs(self.on):
+            _check_word("a device", device, _DEVICE, "a device type, such as cpu or cuda")
+            self.at(device)
+
+    def at(self, device: str | None) -> Capabilities:
+        """Return what holds on that device type; None asks for no device in particular, and gets what holds in general.
+
+        Raises:
+            InvalidInputError: `on` names something that is no attribute of this record, or that does not depend on
+                the device.
+        """
+        overrides = dict(_pairs(self.on)).get(str(device).partition(":")[0])
+        if overrides is None:
+            return self
+        own = {field.name for field in fields(self)} - {"on", "devices", "priority"}
+        if unknown := dict(overrides).keys() - own:
+            raise InvalidInputError(f"Capabilities(on=...)[{device!r}]", _listed(unknown), f"some of {_listed(own)}")
+        return replace(self, on=(), **dict(overrides))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +225,7 @@ FEATURES: Final[dict[str, tuple[str, str]]] = {
 
 def reasons(supports: Capabilities, request: Request) -> list[Reason]:
     """Everything that keeps a backend with these capabilities from serving *request*; empty if nothing does."""
+    supports = supports.at(request.device)
     return [*_hardware(supports, request), *_heads(supports, request), *_features(supports, request)]
 
 
@@ -264,6 +286,10 @@ def _differ(one: int | None, other: int | None) -> bool:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "none"
+
+
+def _pairs(on: Any) -> list[tuple[str, Any]]:
+    return list(on.items() if hasattr(on, "items") else on)
 
 
 def _names(field: str, value: Iterable[str] | None) -> frozenset[str] | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, cast
 
 from attnreg.capabilities import Capabilities, Request, reasons
 from attnreg.errors import InvalidInputError, UnsupportedError
@@ -175,6 +175,23 @@ class Fitted(_ByName):
             raise UnsupportedError(self._name, found)
 
 
+class _Rules(NamedTuple):
+    """What is refused on one type of device: keywords, and limits that a call may exceed."""
+
+    supports: Capabilities
+    refused: frozenset[str]
+    limits: tuple[Check, ...]
+
+    @classmethod
+    def of(cls, supports: Capabilities) -> _Rules:
+        """Read them off what a backend declares."""
+        return cls(
+            supports,
+            frozenset(keyword for keyword, need in KEYWORDS.items() if not getattr(supports, need)),
+            tuple(check for applies, check in _LIMITS if applies(supports)),
+        )
+
+
 class Guarded(_ByName):
     """An attention function behind its guard; called like the function, which is its ``__wrapped__``."""
 
@@ -184,21 +201,21 @@ class Guarded(_ByName):
         super().__init__(name, attention)
         self._attention = attention
         self._supports = supports
-        self._refused = {keyword: need for keyword, need in KEYWORDS.items() if not getattr(supports, need)}
-        self._limits = tuple(check for applies, check in _LIMITS if applies(supports))
-        self._reads_flag = supports.is_causal
         self._foreign = FOREIGN.keys() - _parameters(attention)
+        self._rules = _Rules.of(supports)
+        self._on = {device: _Rules.of(supports.at(device)) for device, _ in tuple(supports.on)}
 
     def __call__(self, module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        rules = self._on.get(query.device.type, self._rules) if self._on else self._rules
         for keyword, asked in kwargs.items():
-            if keyword in self._refused and _is_asked(keyword, asked, key, attention_mask):
+            if keyword in rules.refused and _is_asked(keyword, asked, key, attention_mask):
                 self._judge(module, query, key, value, attention_mask, kwargs)
             elif keyword in self._foreign and asked is not None and asked is not False:
                 raise InvalidInputError(f"the keyword {keyword!r}", "not one of attnreg's", FOREIGN[keyword])
-        for exceeds in self._limits:
-            if exceeds(self._supports, query, key, value):
+        for exceeds in rules.limits:
+            if exceeds(rules.supports, query, key, value):
                 self._judge(module, query, key, value, attention_mask, kwargs)
-        if attention_mask is None and not self._reads_flag and _wants_flag(module, query, kwargs):
+        if attention_mask is None and not rules.supports.is_causal and _wants_flag(module, query, kwargs):
             self._judge(module, query, key, value, attention_mask, kwargs)
         return self._attention(module, query, key, value, attention_mask, **kwargs)
 

@@ -27,7 +27,9 @@ LAYERS = (
     ("",),
     ("masks",),
     ("reference", "builtin"),
-    ("integrations",),
+    ("functional",),
+    ("routing", "nn"),
+    ("integrations", "testing"),
     ("cli",),
     ("__main__",),
 )
@@ -42,9 +44,14 @@ EXTERNAL = {
     "transformers": {"integrations", "cli"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "einops": {"reference"},
+    "einops": {"reference", "routing"},
     "PIL": {"masks"},
-    "torch": {"masks", "reference", "builtin", "integrations", "cli", "guard"},
+    "hypothesis": {"testing"},
+    "pytest": {"testing"},
+    "torch": {
+        *("masks", "reference", "builtin", "integrations", "cli", "guard"),
+        *("functional", "routing", "nn", "testing"),
+    },
 }
 """Who may import what from outside; `guard` does so inside a function, for a call that has tensors at hand."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
+import doubles
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import attnreg
 from attnreg import Capabilities, InvalidInputError, Request
 from attnreg.capabilities import FEATURES, STRUCTURES, reasons, reluctance
 
@@ -96,7 +98,7 @@ def test_reasons_add_up() -> None:
 
 def test_request_covers_what_can_be_declared() -> None:
     """A capability that no request can ask for would be decoration."""
-    declared = {field.name for field in fields(Capabilities)} - {"devices", "dtypes", "priority", "lossy"}
+    declared = {field.name for field in fields(Capabilities)} - {"devices", "dtypes", "priority", "lossy", "on"}
     asked = {field.name for field in fields(Request)} | {"max_head_dim", "head_dim_multiple", "grouped_query"}
     assert declared - asked == set()
 
@@ -189,3 +191,24 @@ def test_integers_are_no_attention() -> None:
     assert [str(reason) for reason in reasons(EVERYTHING, Request(dtype=torch.int64))] == [
         "dtype: wants int64; supported: floating dtypes. Cast the inputs."
     ]
+
+
+def test_capabilities_may_depend_on_the_device() -> None:
+    """What `on` says of a device holds there, for the reasons and for the guard; elsewhere it does not."""
+    supports = Capabilities(dropout=True, devices={"cpu", "cuda"}, on={"cpu": {"dropout": False}})
+    assert not reasons(supports, Request(dropout=True))
+    assert not reasons(supports, Request(dropout=True, device="cuda:1"))
+    assert [reason.code for reason in reasons(supports, Request(dropout=True, device="cpu"))] == ["dropout"]
+    assert hash(supports) == hash(replace(supports))
+    assert supports.at("cuda") is supports
+    query = torch.randn(1, 2, 3, 8)
+    call = attnreg.Backend(name="mine", attention=doubles.attention, mask=doubles.formatter, supports=supports).call
+    with pytest.raises(attnreg.UnsupportedError, match="dropout: wants dropout"):
+        call(doubles.FREE, query, query, query, query, dropout=0.5)
+
+
+@pytest.mark.parametrize("on", [{"cpu": {"dropouts": True}}, {"cpu": {"devices": {"cpu"}}}, {"CPU!": {}}], ids=str)
+def test_what_a_device_overrides_is_checked(on) -> None:
+    """A misspelt attribute, one that cannot depend on the device, and a device that is none are refused."""
+    with pytest.raises(attnreg.InvalidInputError, match="some of|a device type"):
+        Capabilities(on=on)

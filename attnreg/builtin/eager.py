@@ -1,6 +1,7 @@
-"""`eager`: attention in plain PyTorch. It has every feature but the log-sum-exp, packing, paging and sparse indices.
+"""`eager`: attention in plain PyTorch. It has every feature but packing, paging and sparse indices.
 
-It holds the full matrix of weights.
+It holds the full matrix of weights. Keys and values that several query heads share are not repeated for each of them:
+the queries of a group stand one below the other in one matrix.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ SUPPORTS = Capabilities(
     sinks=True,
     position_bias=True,
     dropout=True,
+    lse=True,
     weights=True,
     priority=10,
 )
@@ -43,8 +45,9 @@ def eager_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
+    return_lse: bool = False,
     **_: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute attention with matrix products in query's dtype and a softmax in float32; see `AttentionFunction`.
 
     A mask that is a tensor is complete; the flags count only without one. A query without any key gives 0.
@@ -56,13 +59,10 @@ def eager_attention(
     sizes = check_inputs(query, key, value)
     if not query.is_floating_point():
         raise InvalidInputError("the query", f"of dtype {query.dtype}", "a floating dtype")
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None and softcap < 0:
+        raise InvalidInputError("softcap", str(softcap), "a positive number, or None for no cap")
+    scores = _by_group(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap:
-        if softcap < 0:
-            raise InvalidInputError("softcap", str(softcap), "a positive number, or None for no cap")
         scores = softcap * torch.tanh(scores / softcap)
     if position_bias is not None:
         check_bias(position_bias, sizes)
@@ -72,26 +72,45 @@ def eager_attention(
         attention_mask = mask_of_flags(*sizes[2:], is_causal=causal, sliding_window=sliding_window, device=query.device)
     else:
         check_mask(attention_mask, sizes)
-    weights = _softmax(scores, attention_mask, s_aux).to(query.dtype)
-    weights = functional.dropout(weights, p=dropout or 0.0)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+    scores, empty = _masked(scores, attention_mask)
+    weights = _softmax(scores, empty, s_aux).to(query.dtype)
+    output = _by_group(functional.dropout(weights, p=dropout or 0.0), value).transpose(1, 2).contiguous()
+    return (output, weights, _logsumexp(scores, empty)) if return_lse else (output, weights)
 
 
-def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Softmax in float32 over what the mask allows; a row that it forbids altogether is 0, and so is its gradient."""
-    empty = None
-    if mask is not None:
-        forbidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
-        if mask.dtype != torch.bool:
-            scores = scores + mask
-        scores = scores.masked_fill(forbidden, torch.finfo(scores.dtype).min)
-        empty = forbidden.all(dim=-1, keepdim=True)
+def _by_group(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Multiply `(batch, heads, rows, n)` by `(batch, kv_heads, n, columns)`, each head by its group's."""
+    batch, heads, rows, _ = left.shape
+    kv_heads = right.shape[1]
+    if heads == kv_heads:
+        return left @ right
+    return (left.reshape(batch, kv_heads, heads // kv_heads * rows, -1) @ right).reshape(batch, heads, rows, -1)
+
+
+def _masked(scores: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the scores with what the mask adds to them and forbids, and which rows it forbids altogether."""
+    if mask is None:
+        return scores, None
+    forbidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
+    if mask.dtype != torch.bool:
+        scores = scores + mask
+    scores = scores.masked_fill(forbidden, torch.finfo(scores.dtype).min)
+    return scores, forbidden.all(dim=-1, keepdim=True)
+
+
+def _softmax(scores: torch.Tensor, empty: torch.Tensor | None, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Softmax in float32; a row without any key is 0, and so is its gradient."""
     if sinks is not None:
         scores = torch.cat([scores, _as_column(sinks, scores)], dim=-1)
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     if sinks is not None:
         weights = weights[..., :-1]
     return weights if empty is None else weights.masked_fill(empty, 0.0)
+
+
+def _logsumexp(scores: torch.Tensor, empty: torch.Tensor | None) -> torch.Tensor:
+    lse = torch.logsumexp(scores.float(), dim=-1)
+    return lse if empty is None else lse.masked_fill(empty[..., 0], float("-inf"))
 
 
 def _as_column(sinks: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
