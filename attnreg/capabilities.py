@@ -136,7 +136,7 @@ class Capabilities:
         overrides = dict(_pairs(self.on)).get(str(device).partition(":")[0])
         if overrides is None:
             return self
-        own = {field.name for field in fields(self)} - {"on", "devices", "priority"}
+        own = {field.name for field in fields(self)} - {"on", "devices"}
         if unknown := dict(overrides).keys() - own:
             raise InvalidInputError(f"Capabilities(on=...)[{device!r}]", _listed(unknown), f"some of {_listed(own)}")
         return replace(self, on=(), **dict(overrides))

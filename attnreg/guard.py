@@ -21,7 +21,7 @@ from attnreg.errors import InvalidInputError, UnsupportedError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    Check = Callable[[Capabilities, Any, Any, Any], bool]
+    Check = Callable[[Capabilities, "_Call"], bool]
 
 KEYWORDS: Final[Mapping[str, str]] = {
     "dropout": "dropout",
@@ -77,21 +77,24 @@ _IN_THE_MASK: Final = frozenset({"sliding_window", "packing"})
 """A mask that is a tensor is complete: with one at hand, these keywords repeat what it already says."""
 
 _LIMITS: Final[tuple[tuple[Callable[[Capabilities], bool], Check], ...]] = (
-    (lambda can: not can.grouped_query, lambda _, query, key, __: query.shape[1] != key.shape[1]),
-    (lambda can: not can.value_head_dim, lambda _, query, __, value: query.shape[-1] != value.shape[-1]),
-    (lambda can: can.max_head_dim is not None, lambda can, query, *_: query.shape[-1] > can.max_head_dim),
-    (lambda can: can.head_dim_multiple != 1, lambda can, query, *_: query.shape[-1] % can.head_dim_multiple != 0),
-    (lambda can: can.devices is not None, lambda can, query, *_: query.device.type not in (can.devices or ())),
+    (lambda can: not can.grouped_query, lambda _, call: call.query.shape[1] != call.key.shape[1]),
+    (lambda can: not can.value_head_dim, lambda _, call: call.query.shape[-1] != call.value.shape[-1]),
+    (lambda can: can.max_head_dim is not None, lambda can, call: call.query.shape[-1] > can.max_head_dim),
+    (lambda can: can.head_dim_multiple != 1, lambda can, call: call.query.shape[-1] % can.head_dim_multiple != 0),
+    (lambda can: can.devices is not None, lambda can, call: call.query.device.type not in (can.devices or ())),
     (
         lambda can: can.dtypes is not None,
-        lambda can, query, *_: str(query.dtype).removeprefix("torch.") not in (can.dtypes or ()),
+        lambda can, call: str(call.query.dtype).removeprefix("torch.") not in (can.dtypes or ()),
     ),
-    (lambda can: not can.backward, lambda _, *tensors: _wants_gradients(*tensors)),
+    (lambda can: not can.backward, lambda _, call: _wants_gradients(call)),
+    (lambda can: not can.is_causal, lambda _, call: _wants_flag(call)),
 )
 """For each limit: whether a backend declares it, and whether a call may exceed it. `reasons` has the last word."""
 
 
-def guard(name: str, attention: Callable[..., Any], supports: Capabilities, *, constraints: bool = True) -> Guarded:
+def guard(
+    name: str, attention: Callable[..., Any], supports: Capabilities, *, constraints: bool = True
+) -> Callable[..., Any]:
     """Wrap *attention* so that what *supports* does not declare raises `UnsupportedError`.
 
     Args:
@@ -103,7 +106,9 @@ def guard(name: str, attention: Callable[..., Any], supports: Capabilities, *, c
     """
     if not constraints:
         supports = replace(supports, is_causal=True, sliding_window=True, packing=True)
-    return Guarded(name, attention, supports)
+    call = _call_method(Guarded(name, attention, supports))
+    guarded: Callable[..., Any] = type("Guarded", (Guarded,), {"__call__": call})(name, attention, supports)
+    return guarded
 
 
 def fit(name: str, formatter: Callable[..., Any], supports: Capabilities) -> Callable[..., Any]:
@@ -155,24 +160,37 @@ class Fitted(_ByName):
                 f"{self._name}'s mask formatter takes {', '.join(_FORMATTER)} by position, the rest by name"
             )
         kwargs |= zip(_FORMATTER, args, strict=False)
-        if not self._supports.is_causal:
+        supports = self._supports.at(_device_of(kwargs)) if self._supports.on else self._supports
+        if not supports.is_causal:
             kwargs["allow_is_causal_skip"] = False
-        if self._supports.structures is None:
+        if supports.structures is None:
             return self.__wrapped__(**kwargs)
-        self._judge(kwargs.get("mask_function"), kwargs.get("attention_mask"))
+        asked = _asked_of(kwargs.get("mask_function"), kwargs.get("attention_mask"))
+        if found := reasons(supports, Request(structures=asked)):
+            raise UnsupportedError(self._name, found)
         mask = self.__wrapped__(**kwargs)
         shape: Any = getattr(mask, "shape", ())
-        if "per_head" not in self._supports.structures and len(shape) == _RANK and shape[1] > 1:
-            raise UnsupportedError(self._name, reasons(self._supports, Request(structures=frozenset({"per_head"}))))
+        if "per_head" not in supports.structures and len(shape) == _RANK and shape[1] > 1:
+            raise UnsupportedError(self._name, reasons(supports, Request(structures=frozenset({"per_head"}))))
         return mask
 
-    def _judge(self, mask_function: Any, attention_mask: Any) -> None:
-        """Refuse structures that are not declared: a function that cannot be read is opaque, no function is causal."""
-        asked = {"causal"} if mask_function is None else set(getattr(mask_function, "structures", {"opaque"}))
-        if attention_mask is not None:
-            asked.add("padding")
-        if found := reasons(self._supports, Request(structures=frozenset(asked))):
-            raise UnsupportedError(self._name, found)
+
+def _asked_of(mask_function: Any, attention_mask: Any) -> frozenset[str]:
+    """Name the structures of a mask: a function that cannot be read is opaque, no function is causal."""
+    asked = {"causal"} if mask_function is None else set(getattr(mask_function, "structures", {"opaque"}))
+    return frozenset(asked if attention_mask is None else asked | {"padding"})
+
+
+def _device_of(kwargs: Mapping[str, Any]) -> str:
+    """Return the type of the device that a formatter builds its mask on."""
+    padding, device = kwargs.get("attention_mask"), kwargs.get("device")
+    if padding is not None:
+        return str(padding.device.type)
+    if device is None:
+        import torch
+
+        device = torch.get_default_device()
+    return str(device).partition(":")[0]
 
 
 class _Rules(NamedTuple):
@@ -193,19 +211,40 @@ class _Rules(NamedTuple):
 
 
 class Guarded(_ByName):
-    """An attention function behind its guard; called like the function, which is its ``__wrapped__``."""
+    """An attention function behind its guard; called like the function, which is its ``__wrapped__``.
+
+    `guard` derives a class for each function, whose `__call__` names the keywords that the function names and the
+    backend declares: those need no look, and handing them on by name is several times faster than `**kwargs`.
+    """
 
     half = "call"
 
     def __init__(self, name: str, attention: Callable[..., Any], supports: Capabilities) -> None:
         super().__init__(name, attention)
-        self._attention = attention
         self._supports = supports
-        self._foreign = FOREIGN.keys() - _parameters(attention)
+        self._foreign = FOREIGN.keys() - _parameters(attention).keys()
         self._rules = _Rules.of(supports)
         self._on = {device: _Rules.of(supports.at(device)) for device, _ in tuple(supports.on)}
 
-    def __call__(self, module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+    @property
+    def limited(self) -> bool:
+        """Whether there are calls without any undeclared keyword that are refused."""
+        return any(rules.limits for rules in (self._rules, *self._on.values()))
+
+    @property
+    def declared(self) -> list[str]:
+        """Keywords that the function has parameters for, and that are supported on every device."""
+        refused = self._rules.refused.union(*(rules.refused for rules in self._on.values()))
+        semantic = {"scaling", "is_causal", *KEYWORDS} - refused
+        return [name for name, default in _parameters(self.__wrapped__).items() if name in semantic and default]
+
+    def check(self, module: Any, query: Any, key: Any, value: Any, attention_mask: Any, kwargs: dict[str, Any]) -> None:
+        """Raise what keeps the backend from serving a call.
+
+        Raises:
+            UnsupportedError: it is more than is declared.
+            InvalidInputError: a keyword is another library's word for one of attnreg's.
+        """
         rules = self._on.get(query.device.type, self._rules) if self._on else self._rules
         for keyword, asked in kwargs.items():
             if keyword in rules.refused and _is_asked(keyword, asked, key, attention_mask):
@@ -213,11 +252,8 @@ class Guarded(_ByName):
             elif keyword in self._foreign and asked is not None and asked is not False:
                 raise InvalidInputError(f"the keyword {keyword!r}", "not one of attnreg's", FOREIGN[keyword])
         for exceeds in rules.limits:
-            if exceeds(rules.supports, query, key, value):
+            if exceeds(rules.supports, _Call(module, query, key, value, attention_mask, kwargs)):
                 self._judge(module, query, key, value, attention_mask, kwargs)
-        if attention_mask is None and not rules.supports.is_causal and _wants_flag(module, query, kwargs):
-            self._judge(module, query, key, value, attention_mask, kwargs)
-        return self._attention(module, query, key, value, attention_mask, **kwargs)
 
     def _judge(
         self, module: Any, query: Any, key: Any, value: Any, attention_mask: Any, kwargs: Mapping[str, Any]
@@ -228,10 +264,47 @@ class Guarded(_ByName):
             for keyword in KEYWORDS.keys() & kwargs.keys()
             if _is_asked(keyword, kwargs[keyword], key, attention_mask)
         }
-        asked["is_causal"] = attention_mask is None and _wants_flag(module, query, kwargs)
-        request = Request.of(query, key, value, backward=_wants_gradients(query, key, value), **asked)
+        call = _Call(module, query, key, value, attention_mask, kwargs)
+        asked["is_causal"] = _wants_flag(call)
+        request = Request.of(query, key, value, backward=_wants_gradients(call), **asked)
         if found := reasons(self._supports, request):
             raise UnsupportedError(self._name, found)
+
+
+class _Call(NamedTuple):
+    """A call to be judged."""
+
+    module: Any
+    query: Any
+    key: Any
+    value: Any
+    attention_mask: Any
+    kwargs: Mapping[str, Any]
+
+
+def _call_method(guarded: Guarded) -> Callable[..., Any]:
+    """Write the `__call__` of *guarded*, as `dataclasses` writes an `__init__`.
+
+    A keyword that nobody gave is handed on with the default that the function itself has for it.
+    """
+    given = "module, query, key, value, attention_mask"
+    known = guarded.declared
+    star = ", *" if known else ""
+    parameters = "".join(f", {name}=default_{name}" for name in known)
+    by_name = "".join(f", {name}={name}" for name in known)
+    everything = "{" + ", ".join([*(f"{name!r}: {name}" for name in known), "**rest"]) + "}"
+    source = (
+        f"def __call__(self, {given}=None{star}{parameters}, **rest):\n"
+        f"    if {guarded.limited} or rest:\n"
+        f"        self.check({given}, {everything})\n"
+        f"        return attention({given}{by_name}, **rest)\n"
+        f"    return attention({given}{by_name})\n"
+    )
+    defaults = {f"default_{name}": _parameters(guarded.__wrapped__)[name][0] for name in known}
+    namespace: dict[str, Any] = {"attention": guarded.__wrapped__, **defaults}
+    exec(compile(source, f"<guard of {guarded.__wrapped__!r}>", "exec"), namespace)  # noqa: S102 - written above
+    method: Callable[..., Any] = namespace["__call__"]
+    return method
 
 
 def _is_asked(keyword: str, value: Any, key: Any, attention_mask: Any) -> bool:
@@ -245,21 +318,30 @@ def _is_asked(keyword: str, value: Any, key: Any, attention_mask: Any) -> bool:
     return bool(key.shape[-2] > value) if keyword == "sliding_window" else value != 0
 
 
-def _wants_flag(module: Any, query: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether causality hides any key from a call without a mask: the last query alone sees them all."""
-    is_causal = kwargs.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and query.shape[-2] > 1
+def _wants_flag(call: _Call) -> bool:
+    """Whether a flag alone asks for causality, and hides any key by it: the last query alone sees them all."""
+    if call.attention_mask is not None:
+        return False
+    flag = call.kwargs.get("is_causal")
+    return bool(getattr(call.module, "is_causal", True) if flag is None else flag) and call.query.shape[-2] > 1
 
 
-def _parameters(function: Callable[..., Any]) -> set[str]:
-    """Names that *function* has parameters for; a function without a signature has none to go by."""
-    try:
-        return set(inspect.signature(function).parameters)
-    except ValueError:
-        return set()
-
-
-def _wants_gradients(query: Any, key: Any, value: Any) -> bool:
+def _wants_gradients(call: _Call) -> bool:
     import torch
 
-    return torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    return torch.is_grad_enabled() and (call.query.requires_grad or call.key.requires_grad or call.value.requires_grad)
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
+    """Return the parameters of *function*, each with its default, if it has one and can be given by name.
+
+    A function without a signature has none to go by.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return {}
+    return {
+        name: () if each.default is each.empty or each.kind is each.POSITIONAL_ONLY else (each.default,)
+        for name, each in signature.parameters.items()
+    }

@@ -45,7 +45,17 @@ if TYPE_CHECKING:
 hookspec = pluggy.HookspecMarker("attnreg")
 hookimpl = pluggy.HookimplMarker("attnreg")
 
-BUILTINS: Final = tuple(Candidate(name, f"attnreg.builtin.{name}", "", "") for name in ("eager", "sdpa"))
+_MODULES: Final = {
+    "eager": "eager",
+    "sdpa": "sdpa",
+    "sdpa_flash": "sdpa_kernels",
+    "sdpa_cudnn": "sdpa_kernels",
+    "sdpa_efficient": "sdpa_kernels",
+    "sdpa_math": "sdpa_kernels",
+    "flex_attention": "flex",
+    "varlen": "varlen",
+}
+BUILTINS: Final = tuple(Candidate(name, f"attnreg.builtin.{module}", "", "") for name, module in _MODULES.items())
 """Built-in backends take the same road as any plugin, but need no entry point, and nobody can shadow them."""
 
 

@@ -137,8 +137,9 @@ def _judge(row: Row, request: Request, registry: Registry) -> Candidate:
         except AttnregError as error:
             problem = str(error)
         else:
-            why = (*reasons(backend.supports, request), *reluctance(backend.supports, request))
-            return Candidate(row.name, row.origin, backend.supports.priority, why)
+            supports = backend.supports.at(request.device)
+            why = (*reasons(supports, request), *reluctance(supports, request))
+            return Candidate(row.name, row.origin, supports.priority, why)
     unavailable = Reason("unavailable", "a usable backend", "none", f"{problem.rstrip('.')}.")
     return Candidate(row.name, row.origin, 0, (unavailable,))
 

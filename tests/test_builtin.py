@@ -193,12 +193,9 @@ def test_dropout(name) -> None:
     ("keywords", "code"),
     [
         ({"softcap": 50.0}, "softcap"),
-        ({"s_aux": torch.zeros(4)}, "sinks"),
-        ({"sliding_window": 3}, "sliding_window"),
         ({"cu_seq_lens_q": torch.tensor([0, 7])}, "packing"),
         ({"cache": object()}, "paged"),
         ({"output_attentions": True}, "weights"),
-        ({"return_lse": True}, "lse"),
     ],
 )
 def test_sdpa_refuses_what_it_cannot(keywords, code) -> None:

@@ -12,7 +12,15 @@ import torch
 from torch.nn import functional
 
 from attnreg import Backend, Capabilities, hookimpl
-from attnreg.builtin.inputs import causality, check_bias, check_inputs, check_mask, mask_of_flags
+from attnreg.builtin.inputs import (
+    causality,
+    check_bias,
+    check_cap,
+    check_inputs,
+    check_mask,
+    check_sinks,
+    mask_of_flags,
+)
 from attnreg.errors import InvalidInputError
 from attnreg.masks import eager_mask
 
@@ -59,8 +67,7 @@ def eager_attention(
     sizes = check_inputs(query, key, value)
     if not query.is_floating_point():
         raise InvalidInputError("the query", f"of dtype {query.dtype}", "a floating dtype")
-    if softcap is not None and softcap < 0:
-        raise InvalidInputError("softcap", str(softcap), "a positive number, or None for no cap")
+    softcap = check_cap(softcap)
     scores = _by_group(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -69,7 +76,9 @@ def eager_attention(
         scores = scores + position_bias
     if attention_mask is None:
         causal = causality(module, is_causal)
-        attention_mask = mask_of_flags(*sizes[2:], is_causal=causal, sliding_window=sliding_window, device=query.device)
+        attention_mask = mask_of_flags(
+            *sizes[2:4], is_causal=causal, sliding_window=sliding_window, device=query.device
+        )
     else:
         check_mask(attention_mask, sizes)
     scores, empty = _masked(scores, attention_mask)
@@ -115,9 +124,7 @@ def _logsumexp(scores: torch.Tensor, empty: torch.Tensor | None) -> torch.Tensor
 
 def _as_column(sinks: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     batch, heads, q_length, _ = scores.shape
-    if sinks.numel() != heads:
-        raise InvalidInputError("s_aux", f"of shape {tuple(sinks.shape)}", f"one sink logit for each of {heads} heads")
-    return sinks.to(scores.dtype).reshape(1, heads, 1, 1).expand(batch, heads, q_length, 1)
+    return check_sinks(sinks, heads).to(scores.dtype).reshape(1, heads, 1, 1).expand(batch, heads, q_length, 1)
 
 
 @hookimpl

@@ -8,27 +8,29 @@ import torch
 
 from attnreg.errors import InvalidInputError, InvalidMaskError
 
-Sizes = tuple[int, int, int, int]
-"""Batch, query heads, query length and key length: the axes of the scores."""
+Sizes = tuple[int, int, int, int, int]
+"""Batch, query heads, query length and key length, which are the axes of the scores; and key/value heads."""
 
 
 def check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Sizes:
-    """Return the axes of the scores, or raise `InvalidInputError` if the shapes are not those of the contract."""
+    """Return the sizes of a call, or raise `InvalidInputError` if the shapes are not those of the contract."""
     try:
         batch, heads, q_length, head_dim = query.shape
-        key_batch, kv_heads, kv_length, key_dim = key.shape
-        value_batch, value_heads, value_length, _ = value.shape
+        key_shape = key_batch, kv_heads, kv_length, key_dim = key.shape
+        if key_shape == value.shape:
+            same = True
+        else:
+            value_batch, value_heads, value_length, _ = value.shape
+            same = key_batch == value_batch and kv_heads == value_heads and kv_length == value_length
     except ValueError:
         raise _wrong_shapes(query, key, value) from None
     if (
-        batch == key_batch == value_batch
-        and kv_heads == value_heads
-        and kv_length == value_length
+        same
+        and batch == key_batch
         and head_dim == key_dim
-        and kv_heads
-        and heads % kv_heads == 0
+        and (heads == kv_heads or (kv_heads and heads % kv_heads == 0))
     ):
-        return batch, heads, q_length, kv_length
+        return batch, heads, q_length, kv_length, kv_heads
     raise _wrong_shapes(query, key, value)
 
 
@@ -48,7 +50,7 @@ def _broadcasts(tensor: Any, sizes: Sizes) -> bool:
     if not isinstance(tensor, torch.Tensor):
         return False
     shape = tensor.shape
-    if len(shape) != 4:  # noqa: PLR2004 - as many as `sizes`
+    if len(shape) != 4:  # noqa: PLR2004 - batch, heads, queries, keys
         return False
     batch, heads, q_length, kv_length = shape
     return (
@@ -70,7 +72,7 @@ def _wrong_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 def _misfit(what: str, got: Any, wanted: str, sizes: Sizes) -> InvalidMaskError:
     tensor = isinstance(got, torch.Tensor)
     is_ = f"of dtype {got.dtype} and shape {tuple(got.shape)}" if tensor else f"a {type(got).__name__}"
-    return InvalidMaskError(what, is_, f"{wanted} that broadcasts to {tuple(sizes)}")
+    return InvalidMaskError(what, is_, f"{wanted} that broadcasts to {tuple(sizes[:4])}")
 
 
 def causality(module: Any, is_causal: bool | None) -> bool:  # noqa: FBT001 - as the contract passes it
@@ -86,8 +88,8 @@ def mask_of_flags(
     Returns:
         bool `(1, 1, q_length, kv_length)`, True = attend.
     """
-    if sliding_window is not None and sliding_window < 1:
-        raise InvalidInputError("sliding_window", str(sliding_window), "1 or more keys, the query's own included")
+    if sliding_window is not None:
+        check_window(sliding_window)
     window = max(q_length, kv_length) if sliding_window is None else sliding_window
     windowed = window < max(q_length, kv_length)
     if not windowed and (not is_causal or q_length == 1):
@@ -98,3 +100,92 @@ def mask_of_flags(
     if windowed:
         allowed = allowed & (distance.abs() < window)
     return allowed[None, None]
+
+
+def mask_and_flag(
+    module: Any,
+    query: torch.Tensor,
+    sizes: Sizes,
+    attention_mask: torch.Tensor | None,
+    *,
+    is_causal: bool | None,
+    sliding_window: int | None,
+    position_bias: torch.Tensor | None,
+    bottom_right: bool = False,
+) -> tuple[torch.Tensor | None, bool]:
+    """Say everything that bears on who sees whom in SDPA's terms.
+
+    Args:
+        module: the calling module; its causality counts where no flag is given.
+        query: `(batch, heads, q_length, head_dim)`.
+        sizes: of the call.
+        attention_mask: bool or floating, complete; or None, and then the flags count.
+        is_causal: the keyword.
+        sliding_window: the keyword.
+        position_bias: added to the scores.
+        bottom_right: whether the kernel's own flag aligns the last query with the last key, and not the first ones.
+
+    Returns:
+        A bool mask, True = attend, or an additive one in query's dtype, -inf = hidden, or None; and whether the
+        kernel's own flag must say that keys behind the query are hidden. It is one or the other.
+    """
+    causal = False
+    if attention_mask is not None:
+        check_mask(attention_mask, sizes)
+        if attention_mask.dtype is not torch.bool:
+            attention_mask = in_torch_terms(attention_mask, query.dtype)
+    else:
+        _, _, q_length, kv_length, _ = sizes
+        flagged = causality(module, is_causal)
+        alone = position_bias is None and sliding_window is None
+        # A conditional, and not the comparison itself: with dynamic lengths, and under torch.jit.trace, that is a
+        # symbol or a tensor, which SDPA does not take.
+        causal = True if flagged and alone and q_length != 1 and (bottom_right or q_length == kv_length) else False  # noqa: SIM210
+        if not causal:
+            attention_mask = mask_of_flags(
+                q_length, kv_length, is_causal=flagged, sliding_window=sliding_window, device=query.device
+            )
+    if position_bias is not None:
+        check_bias(position_bias, sizes)
+        attention_mask = _with_bias(attention_mask, in_torch_terms(position_bias, query.dtype))
+    return attention_mask, causal
+
+
+def in_torch_terms(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Turn the smallest finite value, which other formatters fill with, into -inf: SDPA gives 0 for a row of those."""
+    return mask.to(dtype).masked_fill(mask <= torch.finfo(mask.dtype).min, float("-inf"))
+
+
+def as_bias(mask: torch.Tensor | None, dtype: torch.dtype, kv_length: int) -> torch.Tensor | None:
+    """Turn a mask in SDPA's terms into an additive one, over all keys."""
+    if mask is None:
+        return None
+    if mask.dtype is torch.bool:
+        mask = torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+    return mask.expand(-1, -1, -1, kv_length)
+
+
+def check_window(window: int) -> None:
+    """Raise `InvalidInputError` unless *window* holds a key."""
+    if window < 1:
+        raise InvalidInputError("sliding_window", str(window), "1 or more keys, the query's own included")
+
+
+def check_cap(softcap: float | None) -> float | None:
+    """Return the cap, None for none, or raise `InvalidInputError` if it is negative."""
+    if softcap is not None and softcap < 0:
+        raise InvalidInputError("softcap", str(softcap), "a positive number, or None for no cap")
+    return softcap or None
+
+
+def check_sinks(sinks: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return the sinks as `(heads,)`, or raise `InvalidInputError` unless there is one for each head."""
+    if sinks.numel() != heads:
+        raise InvalidInputError("s_aux", f"of shape {tuple(sinks.shape)}", f"one sink logit for each of {heads} heads")
+    return sinks.reshape(heads)
+
+
+def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor) -> torch.Tensor:
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias

@@ -1,22 +1,39 @@
 """`sdpa`: `torch.nn.functional.scaled_dot_product_attention`, which picks among torch's own kernels.
 
 torch's `is_causal` aligns the first query with the first key; attnreg aligns the last with the last. They agree when
-there are as many queries as keys, and only then is the flag used.
+there are as many queries as keys, and only then is the flag used. With more keys, torch's flash kernel on CUDA is
+called itself: it aligns as attnreg does, and needs no mask.
+
+The log-sum-exp and sinks are beyond that function: for those, the kernel that it would have taken is called.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from torch.nn import functional
 
 from attnreg import Backend, Capabilities, hookimpl
-from attnreg.builtin.inputs import causality, check_bias, check_inputs, check_mask, mask_of_flags
+from attnreg.builtin.aten import Cudnn, Flash
+from attnreg.builtin.choice import Call, chosen, computed, may_take_flash
+from attnreg.builtin.inputs import causality, check_inputs, mask_and_flag
+from attnreg.builtin.rows import empty_rows
 from attnreg.masks import sdpa_mask
+from attnreg.masks.extent import tracing
 
-SUPPORTS = Capabilities(
-    value_head_dim=True, grouped_query=True, is_causal=True, position_bias=True, dropout=True, priority=50
+if TYPE_CHECKING:
+    import torch
+
+SUPPORTS: Final = Capabilities(
+    value_head_dim=True,
+    grouped_query=True,
+    is_causal=True,
+    sliding_window=True,
+    sinks=True,
+    position_bias=True,
+    dropout=True,
+    lse=True,
+    priority=50,
 )
 
 
@@ -30,75 +47,76 @@ def sdpa_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
     position_bias: torch.Tensor | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
+    return_lse: bool = False,
+    **_rest: Any,
+) -> tuple[torch.Tensor, None] | tuple[torch.Tensor, None, torch.Tensor]:
     """Compute attention with SDPA; see `AttentionFunction`. Heads of keys and values are shared without copying.
 
-    A mask that is a tensor is complete; `is_causal` counts only without one. A query without any key gives 0.
+    A mask that is a tensor is complete; the flags count only without one. A query without any key gives 0. A window
+    without a mask is spelled out at each call, where the formatter does so once for all layers. Gradients flow through
+    sinks, and not through the log-sum-exp.
 
     Raises:
-        InvalidInputError: shapes that do not fit.
+        InvalidInputError: shapes, sinks or a window that do not fit.
         InvalidMaskError: a mask or bias that is neither bool nor floating, or does not broadcast over the scores.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
     """
-    sizes = check_inputs(query, key, value)
-    q_length, kv_length = sizes[2:]
-    causal = False
-    # The flags below are conditionals, and not the comparisons themselves: with dynamic lengths, and under
-    # torch.jit.trace, those are symbols and tensors, which SDPA does not take.
-    if attention_mask is not None:
-        check_mask(attention_mask, sizes)
-        if attention_mask.dtype is not torch.bool:
-            attention_mask = _in_torch_terms(attention_mask, query.dtype)
-    elif q_length != 1 and causality(module, is_causal):
-        causal = True if position_bias is None and q_length == kv_length else False  # noqa: SIM210
-        if not causal:
-            attention_mask = mask_of_flags(
-                q_length, kv_length, is_causal=True, sliding_window=None, device=query.device
-            )
-    if position_bias is not None:
-        check_bias(position_bias, sizes)
-        attention_mask = _with_bias(attention_mask, position_bias.to(query.dtype))
+    _, heads, q_length, kv_length, kv_heads = sizes = check_inputs(query, key, value)
+    plain = attention_mask is None and sliding_window is None and position_bias is None
+    if plain and (q_length == 1 or q_length == kv_length) and s_aux is None and not return_lse:  # noqa: PLR1714
+        output = functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            None,
+            dropout or 0.0,
+            True if q_length != 1 and causality(module, is_causal) else False,  # noqa: SIM210 - see `mask_and_flag`
+            scale=scaling,
+            enable_gqa=True if heads != kv_heads else False,  # noqa: SIM210
+        )
+        return output.transpose(1, 2).contiguous(), None
+    mask, causal = mask_and_flag(
+        module,
+        query,
+        sizes,
+        attention_mask,
+        is_causal=is_causal,
+        sliding_window=sliding_window,
+        position_bias=position_bias,
+        bottom_right=plain and may_take_flash(query, value),
+    )
+    call = Call(query, key, value, mask, dropout or 0.0, causal, scaling)
+    if causal and q_length != kv_length:
+        return computed(Flash, call, sinks=s_aux, return_lse=return_lse)
+    if s_aux is not None or return_lse:
+        return computed(chosen(call), call, sinks=s_aux, return_lse=return_lse)
+    return _without_statistics(call, gqa=heads != kv_heads), None
+
+
+def _without_statistics(call: Call, *, gqa: bool) -> torch.Tensor:
+    query, key, value, mask, dropout, causal, scale = call
     output = functional.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=attention_mask,
-        dropout_p=dropout or 0.0,
-        is_causal=causal,
-        scale=scaling,
-        enable_gqa=True if query.shape[1] != key.shape[1] else False,  # noqa: SIM210
-    )
-    output = output.transpose(1, 2)
-    if attention_mask is None or query.is_cpu:
-        return output.contiguous(), None
-    return _zeroed(output, attention_mask), None
-
-
-def _in_torch_terms(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Turn the smallest finite value, which other formatters fill with, into -inf: SDPA gives 0 for a row of those."""
-    return mask.to(dtype).masked_fill(mask <= torch.finfo(mask.dtype).min, float("-inf"))
-
-
-def _zeroed(output: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Make *output* contiguous, with 0 for the queries that no key is visible to.
-
-    torch's kernels disagree about those: 0 on the CPU and from the memory-efficient kernel, and something finite from
-    cuDNN, which float16 and bfloat16 get on an H200 (torch 2.11).
-    """
-    allowed = mask if mask.dtype is torch.bool else mask != float("-inf")
-    empty = ~allowed.any(dim=-1, keepdim=True).transpose(1, 2)
+        mask,
+        dropout,
+        causal,
+        scale=scale,
+        enable_gqa=True if gqa else False,  # noqa: SIM210
+    ).transpose(1, 2)
+    # torch's kernels disagree about queries without any key: 0 on the CPU and from the memory-efficient kernel, and
+    # something finite from cuDNN, which float16 and bfloat16 get on an H200 (torch 2.11).
+    if mask is None or query.is_cpu or not (tracing() or chosen(call) is Cudnn):
+        return output.contiguous()
+    empty = empty_rows(mask).transpose(1, 2)[..., None]
     if output.is_contiguous():  # the kernel keeps its output for the backward pass: not ours to write to
         return output.masked_fill(empty, 0.0)
     return output.contiguous().masked_fill_(empty, 0.0)
-
-
-def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor) -> torch.Tensor:
-    if mask is None:
-        return bias
-    return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else mask + bias
 
 
 @hookimpl
