@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from attnreg import masks, reference
+    from attnreg import masks, nn, reference
     from attnreg.backend import API, NO_MASK, AttentionFunction, Backend, MaskFormatter, Origin
     from attnreg.capabilities import STRUCTURES, Capabilities, Reason, Request
     from attnreg.default import default_registry
@@ -43,9 +43,11 @@ if TYPE_CHECKING:
         UnsupportedError,
         UnsupportedMaskError,
     )
+    from attnreg.functional import attention
     from attnreg.interface import AttentionInterface, AttentionMaskInterface
     from attnreg.plugins import Registrar, hookimpl
     from attnreg.registry import Registry
+    from attnreg.routing import attention_forward
     from attnreg.selection import Explanation, explain, get, names, resolve, use
 
 __version__: Final = "0.1.0"
@@ -90,12 +92,15 @@ __all__ = [
     "UnknownWrapperError",
     "UnsupportedError",
     "UnsupportedMaskError",
+    "attention",
+    "attention_forward",
     "default_registry",
     "explain",
     "get",
     "hookimpl",
     "masks",
     "names",
+    "nn",
     "reference",
     "resolve",
     "use",
@@ -105,12 +110,15 @@ _HOMES: Final = {
     "backend": ("API", "NO_MASK", "AttentionFunction", "Backend", "MaskFormatter", "Origin"),
     "capabilities": ("STRUCTURES", "Capabilities", "Reason", "Request"),
     "default": ("default_registry",),
+    "functional": ("attention",),
     "interface": ("AttentionInterface", "AttentionMaskInterface"),
     "plugins": ("Registrar", "hookimpl"),
     "registry": ("Registry",),
     "selection": ("Explanation", "explain", "get", "names", "resolve", "use"),
     "masks": ("masks",),
+    "nn": ("nn",),
     "reference": ("reference",),
+    "routing": ("attention_forward",),
 }
 """Where each name lives, the errors aside. A module is imported when one of its names is first asked for."""
 

@@ -2,6 +2,7 @@
 
 `ATTNREG_DISABLE` and `ATTNREG_ONLY` hold comma-separated backend or distribution names and act before any plugin is
 imported; built-ins are never hidden by `ATTNREG_ONLY`. `ATTNREG_IMPLEMENTATION` is the default name.
+`DIFFSYNTH_ATTENTION_IMPLEMENTATION` is another library's, which the router follows.
 """
 
 from __future__ import annotations
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
 DISABLE: Final = "ATTNREG_DISABLE"
 ONLY: Final = "ATTNREG_ONLY"
 IMPLEMENTATION: Final = "ATTNREG_IMPLEMENTATION"
+DIFFSYNTH: Final = "DIFFSYNTH_ATTENTION_IMPLEMENTATION"
+
+_SAME_IN_DIFFSYNTH: Final = (
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "sage_attention",
+    "xformers",
+)
+DIFFSYNTH_NAMES: Final = {"torch": "sdpa", **dict(zip(_SAME_IN_DIFFSYNTH, _SAME_IN_DIFFSYNTH, strict=True))}
+"""What DiffSynth calls the backends → their names here."""
 
 _ITEM = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.@:/-]+)?")
 
@@ -45,6 +57,22 @@ def default_implementation() -> str | None:
         return value if value == AUTO else parse(value) and value
     except InvalidNameError as error:
         raise ConfigurationError(IMPLEMENTATION, value, error.problem, "Set it to a backend's name.") from None
+
+
+def diffsynth_implementation() -> str | None:
+    """Return the backend that `DIFFSYNTH_ATTENTION_IMPLEMENTATION` means, in whichever case it is written, or None.
+
+    Raises:
+        ConfigurationError: its value is none of `DIFFSYNTH_NAMES`.
+    """
+    value = os.environ.get(DIFFSYNTH, "").strip()
+    if not value:
+        return None
+    try:
+        return DIFFSYNTH_NAMES[value.lower()]
+    except KeyError:
+        remedy = f"Set it to one of: {', '.join(DIFFSYNTH_NAMES)}."
+        raise ConfigurationError(DIFFSYNTH, value, "DiffSynth has no such implementation", remedy) from None
 
 
 def _items(variable: str) -> tuple[str, ...]:

@@ -1,0 +1,99 @@
+"""Key/value caches, taken for what they offer: the `update(key, value, layer_idx)` of transformers' `Cache`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attnreg.errors import InvalidInputError
+from attnreg.masks.algebra import and_masks
+from attnreg.masks.extent import Extent
+from attnreg.masks.padded import absolute_keys
+from attnreg.masks.predicates import Padding, prefix
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from attnreg.functional import Asked
+
+    Projection = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+
+_PADDING = 2
+
+
+def extended(
+    cache: Any, layer_idx: int | None, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, Extent]:
+    """Put the keys and values of new tokens into a cache.
+
+    Returns:
+        All keys and values, and the call's extent, as the cache measures it. A cache that does not tell is one that
+        grows: the last key is the last query's.
+
+    Raises:
+        InvalidInputError: the layer has no number, or the cache does not keep what it has announced.
+    """
+    layer_idx, cache = _numbered(layer_idx), getattr(cache, "self_attention_cache", cache)
+    batch_size, _, q_length, _ = key.shape
+    offset: int | torch.Tensor = 0
+    sizes = None
+    if hasattr(cache, "get_query_offset") and hasattr(cache, "get_mask_sizes"):
+        offset, sizes = cache.get_query_offset(layer_idx), cache.get_mask_sizes(q_length, layer_idx)
+        if isinstance(offset, torch.Tensor):  # which a cache of fixed size counts up in place
+            offset = offset.to(key.device, copy=True)
+    key, value = cache.update(key, value, layer_idx)
+    if sizes is None:
+        offset, sizes = key.shape[2] - q_length, (key.shape[2], 0)
+    elif key.shape[2] != sizes[0]:
+        raise InvalidInputError("the cache", f"one that keeps {key.shape[2]} keys", f"the {sizes[0]} it has announced")
+    return key, value, Extent(batch_size, q_length, sizes[0], offset, sizes[1], key.device)
+
+
+def remembered(cache: Any, layer_idx: int | None, project: Projection) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the encoder's keys and values: those in the cache, else new ones, which are put there.
+
+    Raises:
+        InvalidInputError: the layer has no number, or the cache is longer than what is put there.
+    """
+    layer_idx, store = _numbered(layer_idx), getattr(cache, "cross_attention_cache", cache)
+    filled = getattr(cache, "is_updated", None)
+    if filled.get(layer_idx) if filled is not None else _holds(store, layer_idx):
+        layer = store.layers[layer_idx]
+        return layer.keys, layer.values
+    new_key, new_value = project()
+    key, value = store.update(new_key, new_value, layer_idx)
+    if key.shape[2] != new_key.shape[2]:
+        got, wanted = f"one that keeps {key.shape[2]} keys", f"as many as the encoder has tokens, {new_key.shape[2]}"
+        raise InvalidInputError("the cache", got, wanted)
+    if filled is not None:
+        filled[layer_idx] = True
+    return key, value
+
+
+def within_filled(asked: Asked, extent: Extent) -> Asked:
+    """Hide the slots that a cache of fixed size has not filled yet, where causality does not."""
+    if asked.is_causal or extent.aligned:
+        return asked
+    mask: Any = asked.mask
+    q_end = extent.q_offset + extent.q_length
+    if isinstance(mask, torch.Tensor):
+        if mask.dim() != _PADDING:  # it says which slots are visible
+            return asked
+        mask = Padding(absolute_keys(mask, extent))
+    elif mask is not None and not callable(mask):
+        return asked
+    filled = prefix(q_end.expand(extent.batch_size) if isinstance(q_end, torch.Tensor) else q_end)
+    terms: list[Any] = [filled] if mask is None else [mask, filled]
+    return asked._replace(mask=and_masks(*terms))
+
+
+def _holds(store: Any, layer_idx: int) -> bool:
+    return hasattr(store, "get_seq_length") and bool(store.get_seq_length(layer_idx) > 0)
+
+
+def _numbered(layer_idx: int | None) -> int:
+    if layer_idx is None:
+        wanted = "the layer's number, given when it is built: a cache keeps keys and values by layer"
+        raise InvalidInputError("layer_idx", "None", wanted)
+    return layer_idx
