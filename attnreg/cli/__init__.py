@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import Annotated, Any
 
 import typer
@@ -70,6 +71,26 @@ def explain(
         device=device, dtype=dtype, head_dim=head_dim, value_head_dim=value_head_dim, heads=heads, mask=mask, need=need
     )
     raise typer.Exit(0 if explanation.run(name, request, as_json=as_json) else NO)
+
+
+@app.command()
+def verify(
+    name: Annotated[str, typer.Argument(help="A backend's name.")],
+    *,
+    device: Annotated[str | None, typer.Option(help="Where to run it; by default the first that it declares.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="Such as bfloat16; repeatable. By default all.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer random cases.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write the card to this file, as a web page.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the card to this file, as Markdown.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Hold a backend to every law of the contract, and print its capability card."""
+    from attnreg.cli import verification
+
+    held = verification.run(
+        name, device=device, dtypes=dtype, quick=quick, as_json=as_json, html=html, markdown=markdown
+    )
+    raise typer.Exit(0 if held else NO)
 
 
 @app.command()

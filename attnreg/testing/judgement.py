@@ -1,0 +1,309 @@
+"""One case, judged: the capabilities decide whether the oracle's result or a refusal is right."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from attnreg import NO_MASK, Backend, InvalidMaskError, UnsupportedError
+from attnreg.capabilities import reasons
+from attnreg.masks import Unpadded
+from attnreg.testing.inputs import Inputs, inputs_of, request_of
+from attnreg.testing.tolerance import Measured, low_precision, measured, measured_lossy, oracle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from attnreg.reference import Reference
+    from attnreg.testing.case import Case
+    from attnreg.testing.subject import Subject
+
+
+class BrokenError(Exception):
+    """A law does not hold; the text says in which case, and how far off the result is."""
+
+    def __init__(self, problem: str, case: Case | None = None, found: Measured | None = None) -> None:
+        super().__init__(problem if case is None else f"{problem}, with {case}")
+        self.found = found
+
+
+class NotApplicableError(Exception):
+    """There is nothing to ask this backend; the text says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Computed:
+    """The backend computed something.
+
+    Attributes:
+        output: what it returned first.
+        weights: second.
+        logsumexp: third, if it was asked for.
+        mask: what its formatter returned.
+        seconds: for formatting and computing.
+        inputs: what it was given.
+    """
+
+    output: torch.Tensor
+    weights: torch.Tensor | None
+    logsumexp: torch.Tensor | None
+    mask: Any
+    seconds: float
+    inputs: Inputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """The backend refused.
+
+    Attributes:
+        declared: its capabilities say so; else the function or the formatter did so by itself.
+        why: in words.
+    """
+
+    declared: bool
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What one case of a law has shown.
+
+    Attributes:
+        found: error and what is allowed, for results that are numbers.
+        refused: the refusal, if it was one.
+        seconds: the time of the call.
+        note: worth knowing.
+    """
+
+    found: Measured | None = None
+    refused: Refused | None = None
+    seconds: float | None = None
+    note: str = ""
+
+
+class Layer(torch.nn.Module):
+    """The calling module, as in a model."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.dropout = self.attention_dropout = case.module_dropout
+        self.train(case.module_dropout > 0)
+        if case.module_is_causal is not None:
+            self.is_causal = case.module_is_causal
+
+
+def attempt(subject: Subject, case: Case, inputs: Inputs | None = None, **keywords: Any) -> Computed | Refused:
+    """Make the call, and check that it is refused exactly if the capabilities say so.
+
+    Raises:
+        BrokenError: it was computed although it is not declared, was not refused before the function was entered, or
+            raised something else.
+        NotApplicableError: it needs a mask, and the backend formats none.
+    """
+    inputs = inputs_of(case, subject) if inputs is None else inputs
+    if subject.backend.mask is NO_MASK and (inputs.real is not None or _needs_mask(case)):
+        raise NotApplicableError("its formatter is NO_MASK: the function is never told about masks")
+    against = reasons(subject.supports, request_of(case, inputs))
+    if against:
+        return _refusal(subject, case, inputs, _told(against), keywords)
+    try:
+        return _computed(subject.backend, subject, case, inputs, keywords)
+    except UnsupportedError as error:
+        return Refused(declared=False, why=_first_reason(error))
+    except InvalidMaskError as error:
+        if case.pattern is None and not case.ready:  # its formatter never returns None, so it need not take it
+            return Refused(declared=False, why=str(error))
+        raise BrokenError(f"it raised {type(error).__name__}: {error}", case) from error
+    except Exception as error:
+        raise BrokenError(f"it raised {type(error).__name__}: {_first_line(error)}", case) from error
+
+
+def computed(subject: Subject, case: Case, inputs: Inputs | None = None, **keywords: Any) -> Computed:
+    """Make a call that the law needs an answer to.
+
+    Raises:
+        NotApplicableError: it was refused, with the reason.
+    """
+    result = attempt(subject, case, inputs, **keywords)
+    if isinstance(result, Refused):
+        raise NotApplicableError(f"it needs what is refused: {result.why}")
+    return result
+
+
+def agrees(subject: Subject, case: Case) -> Finding:
+    """Compare the output with the oracle's, in all rows that have a key; or find it refused as declared."""
+    result = attempt(subject, case)
+    if isinstance(result, Refused):
+        return Finding(refused=result)
+    found = compare(subject, case, result)
+    return Finding(found=found, seconds=result.seconds)
+
+
+def compare(subject: Subject, case: Case, result: Computed) -> Measured:
+    """Measure the output against the oracle.
+
+    Raises:
+        BrokenError: it has another shape, or deviates by more than is allowed.
+    """
+    right = oracle(case, result.inputs)
+    if result.output.shape != right.output.shape:
+        shape, wanted = tuple(result.output.shape), tuple(right.output.shape)
+        raise BrokenError(f"the output has the shape {shape} instead of {wanted}", case)
+    rows = judged_rows(case, result, right)
+    got: torch.Tensor = result.output.detach()[rows]
+    if subject.supports.lossy:
+        found = measured_lossy(got, right.output[rows])
+    else:
+        low = low_precision(case, result.inputs).output[rows]
+        found = measured(got, right.output[rows], low, magnitude(result.inputs.value))
+    return within(found, case, "the output")
+
+
+def within(found: Measured, case: Case, what: str) -> Measured:
+    """Return what was found.
+
+    Raises:
+        BrokenError: the error is larger than what is allowed.
+    """
+    if found.holds:
+        return found
+    off = f"is off by {found.error:.2g}, where {found.allowed:.2g} is allowed"
+    raise BrokenError(f"{what} {off if found.error < float('inf') else 'is not finite'}", case, found)
+
+
+def judged_rows(case: Case, result: Computed, right: Reference) -> torch.Tensor:
+    """Say which queries count, `(batch, q_length, heads)`: those with a key.
+
+    Kernels for variable lengths may skip queries that are padding, so with those only real tokens count.
+    """
+    rows = (right.logsumexp != float("-inf")).transpose(1, 2)
+    if result.inputs.real is not None and isinstance(result.mask, Unpadded):
+        rows = rows & result.inputs.real[:, case.q_offset : case.q_offset + case.q_length, None]
+    return rows
+
+
+def magnitude(tensor: torch.Tensor) -> float:
+    """Return the largest absolute value."""
+    return float(tensor.detach().abs().max()) if tensor.numel() else 0.0
+
+
+def formatted(backend: Backend, subject: Subject, case: Case, inputs: Inputs) -> Any:
+    """Return the mask that the call hands to the function."""
+    if case.pattern is None:
+        return inputs.ready
+    heads = {"num_heads": case.heads} if case.pattern.per_head else {}
+    return backend.format(
+        batch_size=case.batch,
+        q_length=case.q_length,
+        kv_length=case.kv_length,
+        q_offset=case.q_offset,
+        kv_offset=case.kv_offset,
+        mask_function=inputs.function,
+        attention_mask=inputs.real,
+        allow_is_causal_skip=case.pattern.is_causal,
+        allow_is_bidirectional_skip=case.skip and not case.pattern.is_causal,
+        dtype=subject.dtype,
+        device=subject.device,
+        **heads,
+    )
+
+
+def keywords_of(case: Case, inputs: Inputs) -> dict[str, Any]:
+    """Return the keywords of the call; those that the case does not ask for are left out."""
+    is_causal, window = case.is_causal, case.sliding_window
+    if case.pattern is not None:
+        is_causal, window = case.pattern.is_causal, case.pattern.sliding_window
+    given = {
+        "is_causal": is_causal,
+        "sliding_window": window,
+        "scaling": case.scaling,
+        "softcap": case.softcap,
+        "s_aux": inputs.sinks,
+        "position_bias": inputs.bias,
+        "return_lse": case.lse or None,
+        "output_attentions": case.weights or None,
+        "dropout": case.dropout or None,
+        "cu_seq_lens_q": inputs.starts,
+        "cu_seq_lens_k": inputs.starts,
+        "block_table": torch.zeros(case.batch, 1, dtype=torch.int32) if case.paged else None,
+        "indices": torch.zeros(case.batch, case.q_length, 1, dtype=torch.long) if case.sparse else None,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def spied(backend: Backend) -> tuple[Backend, list[bool]]:
+    """Return a copy of *backend* and a list that is no longer empty once its function has been entered."""
+    entered: list[bool] = []
+    attention: Callable[..., Any] = backend.attention
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        entered.append(True)
+        return attention(*args, **kwargs)
+
+    if hasattr(attention, "__name__"):
+        spy = functools.wraps(attention)(spy)
+    return replace(backend, attention=spy), entered
+
+
+def _refusal(subject: Subject, case: Case, inputs: Inputs, why: str, keywords: dict[str, Any]) -> Refused:
+    copy, entered = spied(subject.backend)
+    for backend in (subject.backend, copy):
+        try:
+            _computed(backend, subject, case, inputs, keywords)
+        except UnsupportedError:
+            continue
+        except Exception as error:
+            problem = f"it raised {type(error).__name__} ({_first_line(error)}) in place of UnsupportedError"
+            raise BrokenError(problem, case) from error
+        raise BrokenError(f"it computed something although it does not declare it ({why})", case)
+    if entered:
+        raise BrokenError("its function was entered before the call was refused", case)
+    return Refused(declared=True, why=why)
+
+
+def _computed(backend: Backend, subject: Subject, case: Case, inputs: Inputs, keywords: dict[str, Any]) -> Computed:
+    started = time.perf_counter()
+    mask = formatted(backend, subject, case, inputs)
+    result = backend.call(Layer(case), *inputs.heads, mask, **{**keywords_of(case, inputs), **keywords})
+    if subject.device.type == "cuda":
+        torch.cuda.synchronize(subject.device)
+    seconds = time.perf_counter() - started
+    wanted = 3 if case.lse else 2
+    if not isinstance(result, tuple) or len(result) != wanted:
+        got = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
+        names = "(output, weights or None" + (", lse)" if case.lse else ")")
+        raise BrokenError(f"it returned {got} in place of {names}", case)
+    return Computed(
+        output=result[0],
+        weights=result[1],
+        logsumexp=result[2] if case.lse else None,
+        mask=mask,
+        seconds=seconds,
+        inputs=inputs,
+    )
+
+
+def _needs_mask(case: Case) -> bool:
+    return bool(case.ready) or (case.pattern is not None and case.pattern.text not in _FLAGS)
+
+
+def _told(against: list[Any]) -> str:
+    return "; ".join(f"{reason.code}: wants {reason.wanted}; supported: {reason.supported}" for reason in against)
+
+
+def _first_reason(error: UnsupportedError) -> str:
+    return _told(error.reasons[:1]) if error.reasons else str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "without a text"
+
+
+_FLAGS: Final = frozenset({"bidirectional()", "causal()"})
+"""Patterns that a function with `NO_MASK` is told by its flags."""

@@ -1,0 +1,67 @@
+"""What a law is: a name, a sentence, the cases in which it is asked, and how one case is judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hypothesis import strategies as st
+
+from attnreg.capabilities import STRUCTURES
+from attnreg.testing.judgement import Finding, agrees
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from hypothesis.strategies import SearchStrategy
+
+    from attnreg.testing.case import Case
+    from attnreg.testing.subject import Subject
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Law:
+    """Something that holds for every backend, within what it declares.
+
+    Attributes:
+        name: one word or two, stable.
+        says: the law in one sentence.
+        remedy: what to do about a backend that breaks it.
+        table: the cases that are always asked, from small to large.
+        cases: random cases besides.
+        check: judges one case.
+        feature: the capability or mask structure that it is about; empty if it is about none.
+        needs: laws without which this one cannot be judged.
+        once: it does not depend on the dtype.
+        threaded: it may depend on the number of threads; the others use one, which is faster for small inputs.
+    """
+
+    name: str
+    says: str
+    remedy: str
+    table: Callable[[Subject], Iterable[Case]] = lambda subject: [subject.case()]
+    cases: Callable[[Subject], SearchStrategy[Case]] | None = None
+    check: Callable[[Subject, Case], Finding] = agrees
+    feature: str = ""
+    needs: tuple[str, ...] = ("shape",)
+    once: bool = False
+    threaded: bool = False
+
+    def declared(self, subject: Subject) -> bool | None:
+        """Whether the backend declares the feature; None if it did not have to, or there is none."""
+        if not self.feature:
+            return None
+        if self.feature in STRUCTURES:
+            structures = subject.supports.structures
+            return None if structures is None else self.feature in structures
+        return bool(getattr(subject.supports, self.feature))
+
+
+def drawn(subject: Subject, **fields: SearchStrategy[Any]) -> SearchStrategy[Case]:
+    """Draw cases: lengths and contents at random, and *fields* besides; `past` is the keys before the first query."""
+    sizes = {"q_length": st.integers(1, 20), "past": st.just(0), "seed": st.integers(0, 99)}
+
+    def case(past: int, q_length: int, **rest: Any) -> Case:
+        return subject.case(q_length=q_length, kv_length=q_length + past, **rest)
+
+    return st.fixed_dictionaries(sizes | fields).map(lambda values: case(**values))
