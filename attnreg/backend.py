@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from attnreg.capabilities import Capabilities
 from attnreg.errors import InvalidBackendError
-from attnreg.guard import fit, guard
+from attnreg.fitting import fit
+from attnreg.guard import guard
 from attnreg.naming import check_base
 
 if TYPE_CHECKING:

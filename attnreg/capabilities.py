@@ -63,6 +63,7 @@ class Capabilities:
     Attributes:
         devices: torch device types, such as `{"cuda"}`; None means any.
         dtypes: names of torch dtypes, such as `{"float16", "bfloat16"}`; None means any floating type.
+        min_head_dim: smallest head dimension, value's too.
         max_head_dim: largest head dimension; None means any.
         head_dim_multiple: the head dimension must be a multiple of this.
         value_head_dim: value's head dimension may differ from query's and key's.
@@ -90,6 +91,7 @@ class Capabilities:
 
     devices: frozenset[str] | None = None
     dtypes: frozenset[str] | None = None
+    min_head_dim: int = 1
     max_head_dim: int | None = None
     head_dim_multiple: int = 1
     value_head_dim: bool = False
@@ -120,7 +122,9 @@ class Capabilities:
             _check_word("a device", device, _DEVICE, "a device type, such as cpu or cuda")
         for dtype in self.dtypes or ():
             _check_word("a dtype", dtype, _DTYPE, "a torch dtype, such as float32 or bfloat16")
-        _check_numbers(self, at_least_one=("max_head_dim", "head_dim_multiple"), any_integer=("priority",))
+        _check_numbers(
+            self, at_least_one=("min_head_dim", "max_head_dim", "head_dim_multiple"), any_integer=("priority",)
+        )
         object.__setattr__(self, "on", tuple((device, tuple(dict(own).items())) for device, own in _pairs(self.on)))
         for device, _ in _pairs(self.on):
             _check_word("a device", device, _DEVICE, "a device type, such as cpu or cuda")
@@ -242,6 +246,9 @@ def _hardware(supports: Capabilities, request: Request) -> Iterator[Reason]:
 
 def _heads(supports: Capabilities, request: Request) -> Iterator[Reason]:
     head_dim, multiple = request.head_dim, supports.head_dim_multiple
+    smallest = min((each for each in (head_dim, request.value_head_dim) if each is not None), default=None)
+    if smallest is not None and smallest < supports.min_head_dim:
+        yield Reason("head_dim", str(smallest), f"{supports.min_head_dim} or more", "Choose another backend.")
     if head_dim is not None and supports.max_head_dim is not None and head_dim > supports.max_head_dim:
         yield Reason("head_dim", str(head_dim), f"up to {supports.max_head_dim}", "Choose another backend.")
     if head_dim is not None and head_dim % multiple:
@@ -310,7 +317,7 @@ def _check_numbers(
     for field in (*at_least_one, *any_integer):
         number = getattr(record, field)
         wrong = isinstance(number, bool) or not isinstance(number, int) or (field in at_least_one and number < 1)
-        if wrong and not (number is None and field not in ("head_dim_multiple", "priority")):
+        if wrong and not (number is None and field not in ("min_head_dim", "head_dim_multiple", "priority")):
             raise InvalidInputError(
                 field, repr(number), "an integer" + (", 1 or more" if field in at_least_one else "")
             )

@@ -64,21 +64,16 @@ FOREIGN: Final[Mapping[str, str]] = {
 }
 """What other libraries call these. A function that does not name such a keyword itself would swallow it unread."""
 
-_FORMATTER: Final = (
-    *("batch_size", "q_length", "kv_length", "q_offset", "kv_offset"),
-    *("mask_function", "attention_mask"),
-)
-"""What a mask formatter may be called with by position."""
-
-_RANK: Final = 4
-"""Axes of a mask that is spelled out: batch, heads, queries, keys."""
-
 _IN_THE_MASK: Final = frozenset({"sliding_window", "packing"})
 """A mask that is a tensor is complete: with one at hand, these keywords repeat what it already says."""
 
 _LIMITS: Final[tuple[tuple[Callable[[Capabilities], bool], Check], ...]] = (
     (lambda can: not can.grouped_query, lambda _, call: call.query.shape[1] != call.key.shape[1]),
     (lambda can: not can.value_head_dim, lambda _, call: call.query.shape[-1] != call.value.shape[-1]),
+    (
+        lambda can: can.min_head_dim != 1,
+        lambda can, call: min(call.query.shape[-1], call.value.shape[-1]) < can.min_head_dim,
+    ),
     (lambda can: can.max_head_dim is not None, lambda can, call: call.query.shape[-1] > can.max_head_dim),
     (lambda can: can.head_dim_multiple != 1, lambda can, call: call.query.shape[-1] % can.head_dim_multiple != 0),
     (lambda can: can.devices is not None, lambda can, call: call.query.device.type not in (can.devices or ())),
@@ -111,16 +106,7 @@ def guard(
     return guarded
 
 
-def fit(name: str, formatter: Callable[..., Any], supports: Capabilities) -> Callable[..., Any]:
-    """Wrap *formatter* so that it keeps to what the attention function can do.
-
-    A function that does not honour `is_causal` is never handed None in place of a mask, and a structure that the
-    backend does not declare is refused.
-    """
-    return formatter if supports.is_causal and supports.structures is None else Fitted(name, formatter, supports)
-
-
-class _ByName:
+class ByName:
     """Stands for one half of a registered backend: copied as itself, pickled by the backend's name."""
 
     half: ClassVar[Literal["call", "format"]]
@@ -130,10 +116,10 @@ class _ByName:
         functools.update_wrapper(cast("Callable[..., Any]", self), function)
         self._name = name
 
-    def __copy__(self) -> _ByName:
+    def __copy__(self) -> ByName:
         return self
 
-    def __deepcopy__(self, memo: object) -> _ByName:
+    def __deepcopy__(self, memo: object) -> ByName:
         return self
 
     def __repr__(self) -> str:
@@ -143,54 +129,6 @@ class _ByName:
         from attnreg.default import half_by_name, name_of_half
 
         return half_by_name, (name_of_half(self._name, self.half, self.__wrapped__), self.half)
-
-
-class Fitted(_ByName):
-    """A mask formatter that keeps to what the attention function can do; see `fit`."""
-
-    half = "format"
-
-    def __init__(self, name: str, formatter: Callable[..., Any], supports: Capabilities) -> None:
-        super().__init__(name, formatter)
-        self._supports = supports
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) > len(_FORMATTER):
-            raise TypeError(
-                f"{self._name}'s mask formatter takes {', '.join(_FORMATTER)} by position, the rest by name"
-            )
-        kwargs |= zip(_FORMATTER, args, strict=False)
-        supports = self._supports.at(_device_of(kwargs)) if self._supports.on else self._supports
-        if not supports.is_causal:
-            kwargs["allow_is_causal_skip"] = False
-        if supports.structures is None:
-            return self.__wrapped__(**kwargs)
-        asked = _asked_of(kwargs.get("mask_function"), kwargs.get("attention_mask"))
-        if found := reasons(supports, Request(structures=asked)):
-            raise UnsupportedError(self._name, found)
-        mask = self.__wrapped__(**kwargs)
-        shape: Any = getattr(mask, "shape", ())
-        if "per_head" not in supports.structures and len(shape) == _RANK and shape[1] > 1:
-            raise UnsupportedError(self._name, reasons(supports, Request(structures=frozenset({"per_head"}))))
-        return mask
-
-
-def _asked_of(mask_function: Any, attention_mask: Any) -> frozenset[str]:
-    """Name the structures of a mask: a function that cannot be read is opaque, no function is causal."""
-    asked = {"causal"} if mask_function is None else set(getattr(mask_function, "structures", {"opaque"}))
-    return frozenset(asked if attention_mask is None else asked | {"padding"})
-
-
-def _device_of(kwargs: Mapping[str, Any]) -> str:
-    """Return the type of the device that a formatter builds its mask on."""
-    padding, device = kwargs.get("attention_mask"), kwargs.get("device")
-    if padding is not None:
-        return str(padding.device.type)
-    if device is None:
-        import torch
-
-        device = torch.get_default_device()
-    return str(device).partition(":")[0]
 
 
 class _Rules(NamedTuple):
@@ -210,7 +148,7 @@ class _Rules(NamedTuple):
         )
 
 
-class Guarded(_ByName):
+class Guarded(ByName):
     """An attention function behind its guard; called like the function, which is its ``__wrapped__``.
 
     `guard` derives a class for each function, whose `__call__` names the keywords that the function names and the

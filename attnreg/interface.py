@@ -18,7 +18,7 @@ from attnreg.backend import NO_MASK, Backend, check_attention, check_mask
 from attnreg.capabilities import Capabilities
 from attnreg.default import default_registry
 from attnreg.errors import InvalidBackendError, MissingMaskFormatterError, NothingToRemoveError
-from attnreg.guard import fit
+from attnreg.fitting import fit
 from attnreg.naming import check_base
 
 if TYPE_CHECKING:

@@ -23,10 +23,11 @@ from torch.nn.attention.flex_attention import flex_attention
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
+_BLOCK: Final = 128
 LARGEST: Final = 128
 """Structures that are kept compiled at once."""
 
-_kept: Final[OrderedDict[Hashable, Callable[..., Any]]] = OrderedDict()
+_kept: Final[OrderedDict[tuple[Hashable, bool], Callable[..., Any]]] = OrderedDict()
 _lock: Final = threading.Lock()
 
 
@@ -37,11 +38,15 @@ class RecompilationWarning(UserWarning):
 def compiled(structure: Hashable, /, *tensors: torch.Tensor, **keywords: Any) -> Any:
     """Call flex attention as it was compiled for *structure*, compiling it if it was not.
 
+    Lengths may change from call to call. Those that are whole blocks are told apart: a kernel that need not look where
+    a block ends is a tenth faster.
+
     Args:
         structure: what the mask function and the score function are like, but for the contents of their tensors.
         tensors: query, key and value.
         keywords: of `flex_attention`.
     """
+    structure = structure, not any(tensor.shape[2] % _BLOCK for tensor in tensors)
     call = _call_for(structure)
     try:
         return call(*tensors, **keywords)
@@ -56,11 +61,11 @@ def compiled(structure: Hashable, /, *tensors: torch.Tensor, **keywords: Any) ->
         return _call_for(structure)(*tensors, **keywords)
 
 
-def _call_for(structure: Hashable) -> Callable[..., Any]:
+def _call_for(structure: tuple[Hashable, bool]) -> Callable[..., Any]:
     with _lock:
         call = _kept.get(structure)
         if call is None:
-            call = _kept[structure] = _new()
+            call = _kept[structure] = _new(whole_blocks=structure[1])
             if len(_kept) > LARGEST:
                 _kept.popitem(last=False)
                 _warn(
@@ -73,10 +78,13 @@ def _call_for(structure: Hashable) -> Callable[..., Any]:
         return call
 
 
-def _new() -> Callable[..., Any]:
+def _new(*, whole_blocks: bool) -> Callable[..., Any]:
     function: Callable[..., Any] = flex_attention
 
     def call(*tensors: torch.Tensor, **keywords: Any) -> Any:
+        if whole_blocks:
+            for tensor in tensors:
+                torch._check(tensor.shape[2] % _BLOCK == 0)  # type: ignore[no-untyped-call]  # noqa: SLF001
         return function(*tensors, **keywords)
 
     # A copy of the code is another piece of code to torch.compile, with eight variants of its own.
@@ -99,8 +107,8 @@ def signature(function: Any) -> Hashable:
         case None | bool() | int() | float() | str():
             return function
         case _:
-            found: Hashable = getattr(function, "__code__", None) or type(function)
-            return found
+            code: Hashable = getattr(function, "__code__", None)
+            return f"{type(function)}" if code is None else code
 
 
 def _warn(message: str) -> None:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 SUPPORTS: Final = Capabilities(
     devices=frozenset({"cpu", "cuda"}),
     dtypes=frozenset({"float16", "bfloat16", "float32"}),
+    min_head_dim=16,
     value_head_dim=True,
     grouped_query=True,
     is_causal=True,
@@ -48,7 +49,7 @@ SUPPORTS: Final = Capabilities(
     position_bias=True,
     lse=True,
     priority=30,
-    on={"cpu": {"backward": False, "priority": 5}},
+    on={"cpu": {"min_head_dim": 1, "backward": False, "priority": 5}},
 )
 
 
@@ -86,7 +87,7 @@ def flex_attention_forward(
         )
     else:
         _check_mask(attention_mask, sizes)
-    score_mod = _score_mod(sizes, softcap, position_bias)
+    score_mod = _score_mod(sizes, softcap, position_bias, query.device)
     wants_lse = return_lse or s_aux is not None
     output, lse = _attended(query, key, value, attention_mask, score_mod, scaling, lse=wants_lse)
     if s_aux is not None:
@@ -172,17 +173,30 @@ def _check_mask(mask: Any, sizes: Sizes) -> None:
 
 
 def _score_mod(
-    sizes: Sizes, softcap: float | None, position_bias: torch.Tensor | None
+    sizes: Sizes, softcap: float | None, position_bias: torch.Tensor | None, device: torch.device
 ) -> Callable[..., torch.Tensor] | None:
     if position_bias is not None:
         check_bias(position_bias, sizes)
-    if check_cap(softcap) is None and position_bias is None:
+    softcap = check_cap(softcap)
+    if softcap is None and position_bias is None:
         return None
-    return functools.partial(_scored, softcap, position_bias)
+    cap = None if softcap is None else _as_tensor(softcap, device)
+    return functools.partial(_scored, cap, position_bias)
+
+
+def _as_tensor(number: float, device: torch.device) -> torch.Tensor:
+    """Return *number* as a tensor: of a Python number, torch.compile may make a symbol, which no kernel takes."""
+    return torch.full((), number, device=device) if tracing() else _kept(number, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(number: float, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(mode=False):  # else it could not be used in training later on
+        return torch.full((), number, device=device)
 
 
 def _scored(
-    softcap: float | None,
+    softcap: torch.Tensor | None,
     bias: torch.Tensor | None,
     score: torch.Tensor,
     batch: torch.Tensor,
@@ -190,7 +204,7 @@ def _scored(
     q_idx: torch.Tensor,
     kv_idx: torch.Tensor,
 ) -> torch.Tensor:
-    if softcap:
+    if softcap is not None:
         score = softcap * torch.tanh(score / softcap)
     if bias is None:
         return score
