@@ -5,6 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+BUILTIN = ["eager", "flex_attention", "sdpa", "sdpa_cudnn", "sdpa_efficient", "sdpa_flash", "sdpa_math", "varlen"]
+"""What needs no plugin, sorted."""
+
 CAUSAL, FREE = SimpleNamespace(is_causal=True), SimpleNamespace(is_causal=False)
 """Modules that say whether they are causal."""
 

@@ -96,7 +96,9 @@ def test_doctor_looks_away_from_the_current_folder(tmp_path) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('boo')")
     command = [str(Path(sys.executable).with_name("attnreg")), "doctor", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300)
-    assert {row["status"] for row in json.loads(done.stdout)["backends"]} == {"works"}
+    statuses = {row["backend"]: row["status"] for row in json.loads(done.stdout)["backends"]}
+    assert set(statuses.values()) <= {"works", "refused"}
+    assert statuses["sdpa"] == statuses["eager"] == "works"
 
 
 def test_explain_judges_the_named_backend_alone(site) -> None:
@@ -122,7 +124,8 @@ def test_doctor_names_what_breaks_torch(site) -> None:
     assert "broken" in done.stdout
     healthy = in_a_process("doctor", site=site.path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert healthy.returncode == 1
-    assert "broken" not in healthy.stdout
+    broken = {line.split()[0] for line in healthy.stdout.splitlines() if " broken " in line}
+    assert broken <= {"flex_attention"}, "torch's compiler, which that one needs, reads entry points of its own"
 
 
 def test_doctor_is_content_with_a_healthy_machine(capsys) -> None:
@@ -136,7 +139,8 @@ def test_doctor_is_content_with_a_healthy_machine(capsys) -> None:
     ("arguments", "code", "winner"),
     [
         ((), 0, "sdpa"),
-        (("--need", "softcap", "--mask", "causal"), 0, "eager"),
+        (("--need", "softcap", "--mask", "causal"), 0, "flex_attention"),
+        (("--need", "softcap", "--device", "cpu"), 0, "eager"),
         (("sdpa", "--heads", "32/8", "--head-dim", "128", "--dtype", "bfloat16"), 0, "sdpa"),
         (("sdpa", "--need", "softcap"), 1, None),
         (("--need", "paged"), 1, None),
@@ -159,7 +163,7 @@ def test_explain(capsys, arguments, code, winner) -> None:
 
 def test_explain_prints_reasons(capsys) -> None:
     """The table has the reason in full."""
-    _, out, _ = attnreg(capsys, "explain", "sdpa", "--need", "sinks")
+    _, out, _ = attnreg(capsys, "explain", "varlen", "--need", "sinks")
     assert "sinks: wants sink logits (s_aux)" in " ".join(out.split())
 
 
