@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Flaky
 
 from attnreg import Backend, InvalidInputError, Request, UnsupportedError, __version__, get
 from attnreg.capabilities import reasons
@@ -49,6 +50,7 @@ class _Tally:
     declared: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    broken: BrokenError | None = None
 
     def add(self, finding: Finding) -> None:
         self.cases += 1
@@ -168,7 +170,11 @@ def judge(law: Law, subject: Subject) -> Row:
     tally = _Tally()
 
     def one(case: Case) -> None:
-        tally.add(law.check(subject, case))
+        try:
+            tally.add(law.check(subject, case))
+        except BrokenError as error:
+            tally.broken = error
+            raise
 
     try:
         with _threads(None if law.threaded else 1):
@@ -176,9 +182,8 @@ def judge(law: Law, subject: Subject) -> Row:
                 one(case)
             if law.cases is not None and tally.computed:
                 _at_random(law, subject, one)
-    except BrokenError as error:
-        found = error.found
-        return _row(law, subject, "fails", tally, str(error), found, remedy=law.remedy)
+    except (BrokenError, Flaky):
+        return _failed(law, subject, tally)
     except NotApplicableError as error:
         return _row(law, subject, "not applicable", tally, str(error))
     return _concluded(law, subject, tally)
@@ -208,6 +213,12 @@ def _at_random(law: Law, subject: Subject, one: Callable[[Case], None]) -> None:
         phases=[Phase.generate, Phase.shrink],
     )
     config(given(law.cases(subject))(one))()
+
+
+def _failed(law: Law, subject: Subject, tally: _Tally) -> Row:
+    """Say in which case it has failed last: the smallest, or one of a backend that fails only sometimes."""
+    assert tally.broken is not None  # noqa: S101 - that is what brought us here
+    return _row(law, subject, "fails", tally, str(tally.broken), tally.broken.found, remedy=law.remedy)
 
 
 def _concluded(law: Law, subject: Subject, tally: _Tally) -> Row:

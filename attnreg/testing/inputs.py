@@ -35,6 +35,13 @@ class Inputs(NamedTuple):
         """Query, key and value."""
         return self.query, self.key, self.value
 
+    def copied(self) -> Inputs:
+        """Return equal tensors that nobody else holds."""
+        copies = {
+            name: each.detach().clone() for name, each in self._asdict().items() if isinstance(each, torch.Tensor)
+        }
+        return self._replace(**copies)
+
 
 def inputs_of(case: Case, subject: Subject) -> Inputs:
     """Make the tensors; equal cases give equal tensors."""

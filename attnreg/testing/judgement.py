@@ -45,7 +45,8 @@ class Computed:
         logsumexp: third, if it was asked for.
         mask: what its formatter returned.
         seconds: for formatting and computing.
-        inputs: what it was given.
+        inputs: copies of what it was given, made before the call, for the oracle.
+        given: what it was given.
     """
 
     output: torch.Tensor
@@ -54,6 +55,7 @@ class Computed:
     mask: Any
     seconds: float
     inputs: Inputs
+    given: Inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +121,8 @@ def attempt(subject: Subject, case: Case, inputs: Inputs | None = None, **keywor
         if case.pattern is None and not case.ready:  # its formatter never returns None, so it need not take it
             return Refused(declared=False, why=str(error))
         raise BrokenError(f"it raised {type(error).__name__}: {error}", case) from error
+    except BrokenError:
+        raise
     except Exception as error:
         raise BrokenError(f"it raised {type(error).__name__}: {_first_line(error)}", case) from error
 
@@ -257,6 +261,8 @@ def _refusal(subject: Subject, case: Case, inputs: Inputs, why: str, keywords: d
             _computed(backend, subject, case, inputs, keywords)
         except UnsupportedError:
             continue
+        except BrokenError:
+            pass
         except Exception as error:
             problem = f"it raised {type(error).__name__} ({_first_line(error)}) in place of UnsupportedError"
             raise BrokenError(problem, case) from error
@@ -267,6 +273,7 @@ def _refusal(subject: Subject, case: Case, inputs: Inputs, why: str, keywords: d
 
 
 def _computed(backend: Backend, subject: Subject, case: Case, inputs: Inputs, keywords: dict[str, Any]) -> Computed:
+    kept = inputs.copied()
     started = time.perf_counter()
     mask = formatted(backend, subject, case, inputs)
     result = backend.call(Layer(case), *inputs.heads, mask, **{**keywords_of(case, inputs), **keywords})
@@ -278,13 +285,16 @@ def _computed(backend: Backend, subject: Subject, case: Case, inputs: Inputs, ke
         got = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
         names = "(output, weights or None" + (", lse)" if case.lse else ")")
         raise BrokenError(f"it returned {got} in place of {names}", case)
+    if not isinstance(result[0], torch.Tensor):
+        raise BrokenError(f"the output is a {type(result[0]).__name__}", case)
     return Computed(
         output=result[0],
         weights=result[1],
         logsumexp=result[2] if case.lse else None,
         mask=mask,
         seconds=seconds,
-        inputs=inputs,
+        inputs=kept,
+        given=inputs,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from hypothesis import strategies as st
 
@@ -55,6 +55,10 @@ class Law:
             structures = subject.supports.structures
             return None if structures is None else self.feature in structures
         return bool(getattr(subject.supports, self.feature))
+
+
+MASKED: Final = ("shape", "plain", "causal", "padding")
+"""What a law rests on whose cases have masks and padding."""
 
 
 def drawn(subject: Subject, **fields: SearchStrategy[Any]) -> SearchStrategy[Case]:

@@ -47,6 +47,7 @@ def _structure(
         table=table,
         cases=_drawn(pattern),
         feature=name,
+        needs=("shape", "plain") if name == "causal" else ("shape", "plain", "causal"),
     )
 
 
@@ -188,6 +189,7 @@ LAWS: Final = (
         table=_padded,
         cases=_drawn(st.sampled_from([patterns.CAUSAL, patterns.EVERYTHING]), padding=st.sampled_from(_PADDED)),
         feature="padding",
+        needs=("shape", "plain", "causal"),
     ),
     Law(
         name="combinations",
@@ -208,13 +210,14 @@ LAWS: Final = (
             pattern=st.sampled_from([patterns.CAUSAL, patterns.sliding(3), None]),
             is_causal=st.just(True),  # noqa: FBT003 - the value that is drawn
         ),
-        needs=("shape", "causal"),
+        needs=("shape", "causal", "sliding_window"),
     ),
     Law(
         name="positions",
         says="A mask function sees positions in the whole row, also where a cache has dropped the first keys.",
         remedy="Pass q_offset and kv_offset on to the mask function.",
         table=_positions,
+        needs=("shape", "alignment", "sliding_window", "chunked", "opaque", "padding"),
     ),
     Law(
         name="flags",

@@ -27,7 +27,7 @@ from attnreg.testing.judgement import (
     computed,
     formatted,
 )
-from attnreg.testing.law import Law
+from attnreg.testing.law import MASKED, Law
 from attnreg.testing.laws.results import judged_lse, judged_weights
 
 if TYPE_CHECKING:
@@ -39,6 +39,12 @@ if TYPE_CHECKING:
 _LENGTHS: Final = (9, 12, 14)
 _GRAPHS: Final = 2
 """One for the first length, and one for all others."""
+
+
+def _compilable(subject: Subject) -> Iterable[Case]:
+    yield subject.case(pattern=patterns.CAUSAL, padding="left")
+    if not subject.quick:
+        yield subject.case(pattern=patterns.CAUSAL)
 
 
 def _compiled(subject: Subject, case: Case) -> Finding:
@@ -244,13 +250,10 @@ LAWS: Final = (
         name="compile",
         says="torch.compile(fullgraph=True) takes it without a graph break, and once more for all other lengths.",
         remedy="Register the kernel with torch.library.custom_op; read no tensor's contents on the way to it.",
-        table=lambda subject: [
-            subject.case(pattern=patterns.CAUSAL),
-            subject.case(pattern=patterns.CAUSAL, padding="left"),
-        ],
+        table=_compilable,
         check=_compiled,
         once=True,
-        needs=("shape", "causal"),
+        needs=MASKED,
     ),
     Law(
         name="copies",

@@ -21,7 +21,7 @@ from attnreg.testing.judgement import (
     magnitude,
     within,
 )
-from attnreg.testing.law import Law, drawn
+from attnreg.testing.law import MASKED, Law, drawn
 from attnreg.testing.tolerance import BACKWARD, UNITS, Measured, low_precision, measured, measured_lossy, oracle
 
 if TYPE_CHECKING:
@@ -60,7 +60,6 @@ def _empty(subject: Subject, case: Case) -> Finding:
 def _lse_cases(subject: Subject) -> Iterable[Case]:
     yield subject.case(lse=True)
     yield subject.case(lse=True, pattern=patterns.CAUSAL, padding="left", q_length=7)
-    yield subject.case(lse=True, pattern=patterns.CAUSAL, scaling=0.5)
     if subject.supports.sinks:
         yield subject.case(lse=True, sinks=True)
     if subject.supports.softcap:
@@ -136,7 +135,7 @@ def _gradients(subject: Subject, case: Case) -> Finding:
         _gradient(name, got, wanted, low, scale, subject, case)
         for name, got, wanted, low in zip(
             ("query", "key", "value"),
-            _differentiated(result.output, weighting, result.inputs, case),
+            _differentiated(result.output, weighting, result.given, case),
             torch.autograd.grad((right.output * weighting.double()).sum(), exact.heads),
             _low_gradients(case, result, weighting),
             strict=True,
@@ -184,7 +183,7 @@ def _empty_gradients(subject: Subject, case: Case) -> Finding:
     if isinstance(result, Refused):
         return Finding(refused=result)
     empty = oracle(case, result.inputs).logsumexp == -_INFINITY
-    query, key, value = _differentiated(result.output, torch.ones_like(result.output), result.inputs, case)
+    query, key, value = _differentiated(result.output, torch.ones_like(result.output), result.given, case)
     if not all(bool(torch.isfinite(each).all()) for each in (query, key, value)):
         raise BrokenError("gradients are not finite where a query has no key", case)
     if bool((query[empty] != 0).any()):
@@ -210,7 +209,7 @@ def _dropped(subject: Subject, case: Case) -> Finding:
         first = attempt(subject, case)
         if isinstance(first, Refused):
             return Finding(refused=first)
-        runs = torch.stack([computed(subject, case, first.inputs).output.double() for _ in range(_RUNS)])
+        runs = torch.stack([computed(subject, case, first.given).output.double() for _ in range(_RUNS)])
     if bool((runs[0] == runs[1]).all()):
         raise BrokenError("nothing is dropped: two calls give the same output", case)
     allowed = _DEVIATIONS * runs.std(dim=0) / _RUNS**0.5 + UNITS * torch.finfo(subject.dtype).eps * magnitude(
@@ -242,6 +241,7 @@ LAWS: Final = (
         remedy="Zero such rows after the softmax; -inf everywhere makes it NaN, the smallest finite value the mean.",
         table=_with_empty_rows,
         check=_empty,
+        needs=("shape", "causal", "sliding_window"),
     ),
     Law(
         name="lse",
@@ -251,6 +251,7 @@ LAWS: Final = (
         cases=lambda subject: _random(subject, lse=True),
         check=judged_lse,
         feature="lse",
+        needs=MASKED,
     ),
     Law(
         name="weights",
@@ -259,6 +260,7 @@ LAWS: Final = (
         table=_weight_cases,
         check=judged_weights,
         feature="weights",
+        needs=MASKED,
     ),
     Law(
         name="gradients",
@@ -268,7 +270,7 @@ LAWS: Final = (
         cases=lambda subject: _random(subject, backward=True),
         check=_gradients,
         feature="backward",
-        needs=("shape", "plain", "causal"),
+        needs=MASKED,
     ),
     Law(
         name="empty_gradients",
@@ -277,7 +279,7 @@ LAWS: Final = (
         table=_empty_gradient_cases,
         check=_empty_gradients,
         feature="backward",
-        needs=("shape", "empty_rows"),
+        needs=(*MASKED, "empty_rows"),
     ),
     Law(
         name="dropout",
@@ -286,7 +288,7 @@ LAWS: Final = (
         table=_dropout_cases,
         check=_dropped,
         feature="dropout",
-        needs=("shape", "plain", "causal"),
+        needs=MASKED,
     ),
     Law(
         name="dropout_off",
@@ -296,5 +298,6 @@ LAWS: Final = (
             subject.case(module_dropout=0.5, pattern=pattern) for pattern in (patterns.EVERYTHING, patterns.CAUSAL)
         ],
         check=_undropped,
+        needs=("shape", "plain", "causal"),
     ),
 )
