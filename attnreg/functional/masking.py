@@ -150,11 +150,11 @@ def _by_tensor(backend: Backend, asked: Asked, extent: Extent, query: torch.Tens
         if kind == "bool":
             return _by_function(backend, asked._replace(mask=table(mask, extent)), None, extent, query)
         return _by_bias(backend, asked._replace(mask=None), mask, extent, query)
-    supports = backend.supports
-    if supports.structures is not None and (
-        found := reasons(supports, Request(device=mask.device.type, structures=frozenset(_structures(mask))))
-    ):
-        raise UnsupportedError(backend.name, found)
+    structures = _structures(mask)
+    declared = _supports(backend, extent).structures
+    if declared is not None and not structures <= declared:
+        request = Request(device=mask.device.type, structures=frozenset(structures))
+        raise UnsupportedError(backend.name, reasons(backend.supports, request))
     if (flags := asked.flags) and not (extent.aligned and extent.q_length == 1 and asked.sliding_window is None):
         sizes = extent.batch_size, extent.q_length, extent.kv_length, extent.q_offset, extent.kv_offset
         allowed = dense(and_masks(*flags), *sizes, device=mask.device)
@@ -165,13 +165,13 @@ def _by_tensor(backend: Backend, asked: Asked, extent: Extent, query: torch.Tens
 
 
 def _by_bias(backend: Backend, asked: Asked, mask: torch.Tensor, extent: Extent, query: torch.Tensor) -> Formatted:
-    """Hand a floating mask over as what it is, a bias of the scores, beside a mask of another format."""
-    if found := reasons(backend.supports, Request(device=mask.device.type, position_bias=True)):
+    """Hand a floating mask over as the bias that it is, and what it forbids as a mask of another format."""
+    if not _supports(backend, extent).position_bias:
+        found = reasons(backend.supports, Request(device=mask.device.type, position_bias=True))
         raise _refused(backend, "a floating 4D mask, added to the scores", _listed(_takes(backend)), *found)
     forbidden = mask <= torch.finfo(mask.dtype).min
-    return _by_function(backend, asked, None, extent, query)._replace(
-        position_bias=mask.masked_fill(forbidden, float("-inf"))
-    )
+    ready = _by_function(backend, asked._replace(mask=table(~forbidden, extent)), None, extent, query)
+    return ready._replace(position_bias=mask.masked_fill(forbidden, 0.0))
 
 
 def _ready(backend: Backend, asked: Asked, extent: Extent, query: torch.Tensor) -> Formatted:
@@ -227,7 +227,7 @@ def _takes(backend: Backend) -> frozenset[str]:
 
 def _supports(backend: Backend, extent: Extent) -> Capabilities:
     supports = backend.supports
-    return supports.at(getattr(extent.device, "type", None)) if supports.on else supports
+    return supports.at(torch.device(extent.device or "cpu").type) if supports.on else supports
 
 
 def _listed(takes: frozenset[str]) -> str:

@@ -23,7 +23,8 @@ class CrossAttention(Layer):
         num_kv_heads: key/value heads, a divisor of *num_heads*, and as many by default.
         head_dim: width of a head, `embed_dim // num_heads` by default.
         bias: whether the projections have biases.
-        output_projection: whether there is one; without it, the result is the merged heads.
+        output_projection: whether there is one; without it, the result is the merged heads, and state dicts that hold
+            no `out` load.
         dropout: probability with which a weight is dropped in training.
         attn_implementation: see `SelfAttention`.
         layer_idx: the layer's number in a model, for caches.
@@ -78,7 +79,6 @@ class CrossAttention(Layer):
         self.out: torch.nn.Linear | None = None
         if output_projection:
             self.out = torch.nn.Linear(width, embed_dim, bias=bias, device=device, dtype=dtype)
-            self.register_load_state_dict_pre_hook(_explain_missing_projection)  # type: ignore[no-untyped-call]
 
     def forward(
         self,
@@ -120,11 +120,3 @@ class CrossAttention(Layer):
         if self.out is not None:
             output = self.out(output)
         return output
-
-
-def _explain_missing_projection(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Say what to do with a state dict that has no output projection."""
-    _, strict, _, _, error_msgs = rest
-    if strict and f"{prefix}kv.weight" in state_dict and f"{prefix}out.weight" not in state_dict:
-        name = type(module).__name__
-        error_msgs.append(f"The state dict has no output projection: build {name}(..., output_projection=False).")
