@@ -100,7 +100,7 @@ def _copied(subject: Subject, _: Case) -> Finding:
             again = pickle.loads(pickle.dumps(half))  # noqa: S301 - our own bytes
         except Exception as error:
             raise BrokenError(f"pickling {name} raised {type(error).__name__}: {error}") from error
-        if again != half:
+        if getattr(again, "attention", again) != getattr(half, "attention", half):
             raise BrokenError(f"{name} comes back from a pickle as something else")
     return Finding()
 
