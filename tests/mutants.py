@@ -314,6 +314,13 @@ def one_dtype_wrong(query: Any, output: Any, *rest: Any) -> Any:
     return output * 1.25 if query.dtype == torch.bfloat16 else output, *rest
 
 
+def noisy(_: Any, output: Any, *rest: Any) -> Any:
+    """Round differently each time, by one unit in the last place of float32."""
+    if output.dtype == torch.float32:
+        output = output * (1 + 1.5e-7 * torch.rand_like(output))
+    return output, *rest
+
+
 def half_gradient(query: Any, key: Any, value: Any, mask: Any, kw: Any) -> Any:
     """Let half of the gradient of value through."""
     return query, key, (value + value.detach()) / 2, mask, kw
@@ -472,7 +479,7 @@ MUTANTS = (
     mutant(
         "noise",
         "determinism",
-        attention=after(lambda _, out, *rest: (out * (1 + 1.5e-7 * torch.rand_like(out)), *rest)),
+        attention=after(noisy),
     ),
     mutant("cu_seq_lens dropped", "packing", attention=ignoring("cu_seq_lens_q")),
     mutant("graph break", "compile", attention=breaking),
