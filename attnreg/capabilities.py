@@ -125,7 +125,7 @@ class Capabilities:
         _check_numbers(
             self, at_least_one=("min_head_dim", "max_head_dim", "head_dim_multiple"), any_integer=("priority",)
         )
-        object.__setattr__(self, "on", tuple((device, tuple(dict(own).items())) for device, own in _pairs(self.on)))
+        object.__setattr__(self, "on", tuple((device, _frozen(own)) for device, own in _pairs(self.on)))
         for device, _ in _pairs(self.on):
             _check_word("a device", device, _DEVICE, "a device type, such as cpu or cuda")
             self.at(device)
@@ -246,9 +246,10 @@ def _hardware(supports: Capabilities, request: Request) -> Iterator[Reason]:
 
 def _heads(supports: Capabilities, request: Request) -> Iterator[Reason]:
     head_dim, multiple = request.head_dim, supports.head_dim_multiple
-    smallest = min((each for each in (head_dim, request.value_head_dim) if each is not None), default=None)
-    if smallest is not None and smallest < supports.min_head_dim:
-        yield Reason("head_dim", str(smallest), f"{supports.min_head_dim} or more", "Choose another backend.")
+    for asked in (head_dim, request.value_head_dim):
+        if asked is not None and asked < supports.min_head_dim:
+            yield Reason("head_dim", str(asked), f"{supports.min_head_dim} or more", "Choose another backend.")
+            break
     if head_dim is not None and supports.max_head_dim is not None and head_dim > supports.max_head_dim:
         yield Reason("head_dim", str(head_dim), f"up to {supports.max_head_dim}", "Choose another backend.")
     if head_dim is not None and head_dim % multiple:
@@ -293,6 +294,11 @@ def _differ(one: int | None, other: int | None) -> bool:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "none"
+
+
+def _frozen(own: Any) -> tuple[tuple[str, Any], ...]:
+    """Make what differs on a device hashable, as the record is."""
+    return tuple((name, frozenset(it) if isinstance(it, set | list) else it) for name, it in dict(own).items())
 
 
 def _pairs(on: Any) -> list[tuple[str, Any]]:

@@ -38,6 +38,7 @@ class Fitted(ByName):
     def __init__(self, name: str, formatter: Callable[..., Any], supports: Capabilities) -> None:
         super().__init__(name, formatter)
         self._supports = supports
+        self._on = {device: supports.at(device) for device, _ in tuple(supports.on)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) > len(_FORMATTER):
@@ -45,7 +46,7 @@ class Fitted(ByName):
                 f"{self._name}'s mask formatter takes {', '.join(_FORMATTER)} by position, the rest by name"
             )
         kwargs |= zip(_FORMATTER, args, strict=False)
-        supports = self._supports.at(_device_of(kwargs)) if self._supports.on else self._supports
+        supports = self._on.get(_device_of(kwargs), self._supports) if self._on else self._supports
         if not supports.is_causal:
             kwargs["allow_is_causal_skip"] = False
         if supports.structures is None:

@@ -176,14 +176,20 @@ class Guarded(ByName):
         semantic = {"scaling", "is_causal", *KEYWORDS} - refused
         return [name for name, default in _parameters(self.__wrapped__).items() if name in semantic and default]
 
-    def check(self, module: Any, query: Any, key: Any, value: Any, attention_mask: Any, kwargs: dict[str, Any]) -> None:
-        """Raise what keeps the backend from serving a call.
+    def check(
+        self, module: Any, query: Any, key: Any, value: Any, attention_mask: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, Any, Any]:
+        """Return query, key and value as they are handed on, or raise what keeps the backend from serving the call.
+
+        Under autocast, a backend that declares its dtype and not theirs gets them in that.
 
         Raises:
             UnsupportedError: it is more than is declared.
             InvalidInputError: a keyword is another library's word for one of attnreg's.
         """
         rules = self._on.get(query.device.type, self._rules) if self._on else self._rules
+        if rules.supports.dtypes is not None:
+            query, key, value = _cast(rules.supports.dtypes, query, key, value)
         for keyword, asked in kwargs.items():
             if keyword in rules.refused and _is_asked(keyword, asked, key, attention_mask):
                 self._judge(module, query, key, value, attention_mask, kwargs)
@@ -192,6 +198,7 @@ class Guarded(ByName):
         for exceeds in rules.limits:
             if exceeds(rules.supports, _Call(module, query, key, value, attention_mask, kwargs)):
                 self._judge(module, query, key, value, attention_mask, kwargs)
+        return query, key, value
 
     def _judge(
         self, module: Any, query: Any, key: Any, value: Any, attention_mask: Any, kwargs: Mapping[str, Any]
@@ -234,15 +241,20 @@ def _call_method(guarded: Guarded) -> Callable[..., Any]:
     source = (
         f"def __call__(self, {given}=None{star}{parameters}, **rest):\n"
         f"    if {guarded.limited} or rest:\n"
-        f"        self.check({given}, {everything})\n"
+        f"        query, key, value = self.check({given}, {everything})\n"
         f"        return attention({given}{by_name}, **rest)\n"
         f"    return attention({given}{by_name})\n"
     )
-    defaults = {f"default_{name}": _parameters(guarded.__wrapped__)[name][0] for name in known}
+    defaults = {f"default_{name}": _whole(_parameters(guarded.__wrapped__)[name][0]) for name in known}
     namespace: dict[str, Any] = {"attention": guarded.__wrapped__, **defaults}
     exec(compile(source, f"<guard of {guarded.__wrapped__!r}>", "exec"), namespace)  # noqa: S102 - written above
     method: Callable[..., Any] = namespace["__call__"]
     return method
+
+
+def _whole(default: Any) -> Any:
+    """Return 0 for 0.0: with dynamic shapes, torch.compile makes a symbol of a float that is a default."""
+    return int(default) if isinstance(default, float) and default.is_integer() else default
 
 
 def _is_asked(keyword: str, value: Any, key: Any, attention_mask: Any) -> bool:
@@ -254,6 +266,17 @@ def _is_asked(keyword: str, value: Any, key: Any, attention_mask: Any) -> bool:
     if not isinstance(value, int | float):
         return True
     return bool(key.shape[-2] > value) if keyword == "sliding_window" else value != 0
+
+
+def _cast(dtypes: frozenset[str], query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+    import torch
+
+    device = query.device.type
+    if query.dtype is torch.float32 and "float32" not in dtypes and torch.amp.is_autocast_available(device):
+        dtype = torch.get_autocast_dtype(device)
+        if torch.is_autocast_enabled(device) and str(dtype).removeprefix("torch.") in dtypes:
+            return query.to(dtype), key.to(dtype), value.to(dtype)
+    return query, key, value
 
 
 def _wants_flag(call: _Call) -> bool:

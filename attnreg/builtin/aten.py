@@ -30,7 +30,7 @@ class Operands(NamedTuple):
         dropout: probability.
         causal: hide keys behind the query. Of `Flash` on CUDA the last query is at the last key's position; the others
             align the first with the first.
-        scale: factor of the scores.
+        scale: factor of the scores; None is one over the root of the head dimension.
     """
 
     query: torch.Tensor
@@ -39,7 +39,7 @@ class Operands(NamedTuple):
     bias: torch.Tensor | None
     dropout: float
     causal: bool
-    scale: float
+    scale: float | None
 
 
 class Result(NamedTuple):
@@ -175,7 +175,8 @@ def lse_of_scores(call: Operands, empty: torch.Tensor | None) -> torch.Tensor:
     batch, heads, q_length, _ = query.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * q_length, -1)
-    scores = (grouped.float() @ key.float().transpose(2, 3)).reshape(batch, heads, q_length, -1) * call.scale
+    scores = (grouped.float() @ key.float().transpose(2, 3)).reshape(batch, heads, q_length, -1)
+    scores = scores * (query.shape[-1] ** -0.5 if call.scale is None else call.scale)
     if call.bias is not None:
         scores = scores + call.bias
     if call.causal:

@@ -89,7 +89,7 @@ def computed(
         bias=as_bias(mask, query.dtype, kv_length),
         dropout=call.dropout,
         causal=call.causal,
-        scale=query.shape[-1] ** -0.5 if call.scale is None else call.scale,
+        scale=call.scale,
     )
     empty = None
     if mask is not None:

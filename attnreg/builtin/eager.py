@@ -81,7 +81,7 @@ def eager_attention(
         )
     else:
         check_mask(attention_mask, sizes)
-    scores, empty = _masked(scores, attention_mask)
+    scores, empty = _masked(scores, attention_mask, position_bias)
     weights = _softmax(scores, empty, s_aux).to(query.dtype)
     output = _by_group(functional.dropout(weights, p=dropout or 0.0), value).transpose(1, 2).contiguous()
     return (output, weights, _logsumexp(scores, empty)) if return_lse else (output, weights)
@@ -89,20 +89,31 @@ def eager_attention(
 
 def _by_group(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Multiply `(batch, heads, rows, n)` by `(batch, kv_heads, n, columns)`, each head by its group's."""
-    batch, heads, rows, _ = left.shape
-    kv_heads = right.shape[1]
+    batch, heads, rows, inner = left.shape
+    kv_heads, columns = right.shape[1], right.shape[3]
     if heads == kv_heads:
         return left @ right
-    return (left.reshape(batch, kv_heads, heads // kv_heads * rows, -1) @ right).reshape(batch, heads, rows, -1)
+    if torch.compiler.is_exporting():  # of the product of two open sizes below it would make a constraint
+        return left @ right.repeat_interleave(heads // kv_heads, dim=1)
+    grouped = left.reshape(batch, kv_heads, heads // kv_heads * rows, inner)
+    return (grouped @ right).reshape(batch, heads, rows, columns)
 
 
-def _masked(scores: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the scores with what the mask adds to them and forbids, and which rows it forbids altogether."""
-    if mask is None:
+def _masked(
+    scores: torch.Tensor, mask: torch.Tensor | None, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the scores with what the mask adds to them and forbids, and which rows are forbidden altogether.
+
+    A bias of -inf, which the scores hold already, forbids as well.
+    """
+    forbidden = None if bias is None else bias == float("-inf")
+    if mask is not None:
+        hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
+        forbidden = hidden if forbidden is None else hidden | forbidden
+        if mask.dtype != torch.bool:
+            scores = scores + mask
+    if forbidden is None:
         return scores, None
-    forbidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min
-    if mask.dtype != torch.bool:
-        scores = scores + mask
     scores = scores.masked_fill(forbidden, torch.finfo(scores.dtype).min)
     return scores, forbidden.all(dim=-1, keepdim=True)
 

@@ -27,6 +27,7 @@ from attnreg.builtin.inputs import (
     check_inputs,
     check_sinks,
     check_window,
+    refuse_vmap,
 )
 from attnreg.builtin.sinks import damped
 from attnreg.errors import InvalidMaskError
@@ -81,6 +82,7 @@ def flex_attention_forward(
     Source: https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html, arXiv:2412.05496.
     """
     sizes = check_inputs(query, key, value)
+    refuse_vmap("flex_attention", query, key, value)
     if attention_mask is None:
         attention_mask = _mask_of_flags(
             sizes, is_causal=causality(module, is_causal), window=sliding_window, device=query.device

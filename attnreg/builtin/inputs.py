@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from attnreg.errors import InvalidInputError, InvalidMaskError
+from attnreg.capabilities import Reason
+from attnreg.errors import InvalidInputError, InvalidMaskError, UnsupportedError
+from attnreg.masks.extent import batched
 
 Sizes = tuple[int, int, int, int, int]
 """Batch, query heads, query length and key length, which are the axes of the scores; and key/value heads."""
@@ -183,6 +185,13 @@ def check_sinks(sinks: torch.Tensor, heads: int) -> torch.Tensor:
     if sinks.numel() != heads:
         raise InvalidInputError("s_aux", f"of shape {tuple(sinks.shape)}", f"one sink logit for each of {heads} heads")
     return sinks.reshape(heads)
+
+
+def refuse_vmap(name: str, *tensors: torch.Tensor) -> None:
+    """Raise `UnsupportedError` inside of `torch.vmap`, for what torch has no batching rule for."""
+    if any(batched(tensor) for tensor in tensors):
+        fix = "Give the tensors a batch axis, which attention has anyway, or choose eager."
+        raise UnsupportedError(name, [Reason("vmap", "a call inside torch.vmap", "calls outside of it", fix)])
 
 
 def _with_bias(mask: torch.Tensor | None, bias: torch.Tensor) -> torch.Tensor:

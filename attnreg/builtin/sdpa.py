@@ -16,10 +16,10 @@ from torch.nn import functional
 from attnreg import Backend, Capabilities, hookimpl
 from attnreg.builtin.aten import Cudnn, Flash
 from attnreg.builtin.choice import Call, chosen, computed, may_take_flash
-from attnreg.builtin.inputs import causality, check_inputs, mask_and_flag
+from attnreg.builtin.inputs import causality, check_inputs, mask_and_flag, refuse_vmap
 from attnreg.builtin.rows import empty_rows
 from attnreg.masks import sdpa_mask
-from attnreg.masks.extent import tracing
+from attnreg.masks.extent import batched, tracing
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +93,7 @@ def sdpa_attention(
     if causal and q_length != kv_length:
         return computed(Flash, call, sinks=s_aux, return_lse=return_lse)
     if s_aux is not None or return_lse:
+        refuse_vmap("sdpa", query, key, value)
         return computed(chosen(call), call, sinks=s_aux, return_lse=return_lse)
     return _without_statistics(call, gqa=heads != kv_heads), None
 
@@ -111,7 +112,7 @@ def _without_statistics(call: Call, *, gqa: bool) -> torch.Tensor:
     ).transpose(1, 2)
     # torch's kernels disagree about queries without any key: 0 on the CPU and from the memory-efficient kernel, and
     # something finite from cuDNN, which float16 and bfloat16 get on an H200 (torch 2.11).
-    if mask is None or query.is_cpu or not (tracing() or chosen(call) is Cudnn):
+    if mask is None or query.is_cpu or not (tracing() or batched(query) or chosen(call) is Cudnn):
         return output.contiguous()
     empty = empty_rows(mask).transpose(1, 2)[..., None]
     if output.is_contiguous():  # the kernel keeps its output for the backward pass: not ours to write to

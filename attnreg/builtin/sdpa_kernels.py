@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from attnreg import Backend, Capabilities, Reason, UnsupportedError, hookimpl
 from attnreg.builtin.aten import Cudnn, Efficient, Flash, Kernel
 from attnreg.builtin.choice import Call, computed
-from attnreg.builtin.inputs import check_inputs, mask_and_flag
+from attnreg.builtin.inputs import check_inputs, mask_and_flag, refuse_vmap
 from attnreg.masks import sdpa_mask
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ def attention_of(name: str, kernel: Kernel | None) -> Callable[..., Any]:
             UnsupportedError: the kernel takes no mask here, or has no gradient for the bias.
         """
         sizes = check_inputs(query, key, value)
+        if kernel is not None:
+            refuse_vmap(name, query, key, value)
         maskless = kernel is Flash and not query.is_cpu
         if maskless and attention_mask is not None:
             raise UnsupportedError(name, [Reason("mask", "a mask that is a tensor", "causality by flag", _OTHERS)])

@@ -60,7 +60,7 @@ class _Sinks(torch.autograd.Function):
         empty: torch.Tensor | None,
         dropout: float,
         causal: bool,  # noqa: FBT001 - autograd functions are called by position
-        scale: float,
+        scale: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         call = Operands(query, key, value, bias, dropout, causal, scale)
         result = kernel.forward(call, stats=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import torch
 
 from attnreg import Backend, Capabilities, hookimpl
-from attnreg.builtin.inputs import Sizes, causality, check_inputs, check_window
+from attnreg.builtin.inputs import Sizes, causality, check_inputs, check_window, refuse_vmap
 from attnreg.errors import InvalidInputError, InvalidMaskError
 from attnreg.masks import Unpadded, varlen_mask
 
@@ -69,6 +69,7 @@ def varlen_attention(
     Source: https://docs.pytorch.org/docs/stable/nn.attention.varlen.html.
     """
     sizes = check_inputs(query, key, value)
+    refuse_vmap("varlen", query, key, value)
     if attention_mask is not None:
         _check_mask(attention_mask, sizes)
         mask = attention_mask

@@ -145,11 +145,11 @@ def of_calls(grid: Grid, function: Predicate, heads: int | None) -> BlockTable:
         InvalidMaskError: as `dense` does.
     """
     extent = grid.extent
-    step = extent.q_length
-    if not tracing():
-        rows = _STRIP // max(1, extent.batch_size * (heads or 1) * extent.kv_length)
-        step = max(1, rows // grid.size) * grid.size
-    strips = [_strip(grid, function, heads, start, step) for start in range(0, max(1, extent.q_length), max(1, step))]
+    if tracing():  # at once: the number of strips would make a constant of the length
+        return _strip(grid, function, heads, 0, extent.q_length)
+    rows = _STRIP // max(1, extent.batch_size * (heads or 1) * extent.kv_length)
+    step = max(1, rows // grid.size) * grid.size
+    strips = [_strip(grid, function, heads, start, step) for start in range(0, max(1, extent.q_length), step)]
     return BlockTable(torch.cat([strip.some for strip in strips], -2), torch.cat([strip.every for strip in strips], -2))
 
 

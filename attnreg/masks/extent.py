@@ -104,12 +104,16 @@ def tracing() -> bool:
 
 
 _is_batched: Final = torch._C._functorch.is_batchedtensor  # noqa: SLF001 # pyright: ignore[reportAttributeAccessIssue]
-"""Whether a tensor stands for many, inside of torch.vmap."""
+
+
+def batched(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for many, inside of `torch.vmap`."""
+    return not tracing() and bool(_is_batched(tensor))
 
 
 def readable(tensor: torch.Tensor) -> bool:
     """Whether values can be read: not in a trace, on meta, or during the capture of a CUDA graph."""
     # A subclass is a fake or functional tensor, which stands for values that are not there yet.
-    if tracing() or type(tensor) is not torch.Tensor or tensor.is_meta or _is_batched(tensor):
+    if tracing() or type(tensor) is not torch.Tensor or tensor.is_meta or batched(tensor):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
