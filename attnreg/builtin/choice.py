@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend
 
 from attnreg.builtin.aten import Cudnn, Efficient, Flash, Kernel, Operands, lse_of_scores, math
 from attnreg.builtin.inputs import as_bias, check_sinks
-from attnreg.builtin.rows import empty_rows, rows_before
+from attnreg.builtin.rows import empty_rows, in_one_order, rows_before
 from attnreg.builtin.sinks import damped, with_sinks
 from attnreg.masks.extent import tracing
 
@@ -97,9 +97,9 @@ def computed(
     elif call.causal:
         empty = rows_before(q_length, kv_length, query.device)
     output, lse = _run(kernel, operands, empty, sinks=sinks, return_lse=return_lse)
+    output = in_one_order(output.transpose(1, 2)).contiguous()
     if empty is not None and kernel is Cudnn:
-        output = output.masked_fill(empty[..., None], 0.0)
-    output = output.transpose(1, 2).contiguous()
+        output = output.masked_fill(empty.transpose(1, 2)[..., None], 0.0)
     return (output, None) if lse is None else (output, None, lse)
 
 

@@ -139,6 +139,9 @@ def mask_and_flag(
     else:
         _, _, q_length, kv_length, _ = sizes
         flagged = causality(module, is_causal)
+        if sliding_window is not None:
+            check_window(sliding_window)
+            sliding_window = None if sliding_window >= max(q_length, kv_length) else sliding_window
         alone = position_bias is None and sliding_window is None
         # A conditional, and not the comparison itself: with dynamic lengths, and under torch.jit.trace, that is a
         # symbol or a tensor, which SDPA does not take.

@@ -17,7 +17,7 @@ from attnreg import Backend, Capabilities, hookimpl
 from attnreg.builtin.aten import Cudnn, Flash
 from attnreg.builtin.choice import Call, chosen, computed, may_take_flash
 from attnreg.builtin.inputs import causality, check_inputs, mask_and_flag, refuse_vmap
-from attnreg.builtin.rows import empty_rows
+from attnreg.builtin.rows import empty_rows, in_one_order
 from attnreg.masks import sdpa_mask
 from attnreg.masks.extent import batched, tracing
 
@@ -78,7 +78,8 @@ def sdpa_attention(
             scale=scaling,
             enable_gqa=True if heads != kv_heads else False,  # noqa: SIM210
         )
-        return output.transpose(1, 2).contiguous(), None
+        output = output.transpose(1, 2).contiguous()
+        return (output if query.is_cpu else in_one_order(output)), None
     mask, causal = mask_and_flag(
         module,
         query,
@@ -109,7 +110,8 @@ def _without_statistics(call: Call, *, gqa: bool) -> torch.Tensor:
         causal,
         scale=scale,
         enable_gqa=True if gqa else False,  # noqa: SIM210
-    ).transpose(1, 2)
+    )
+    output = in_one_order(output.transpose(1, 2))
     # torch's kernels disagree about queries without any key: 0 on the CPU and from the memory-efficient kernel, and
     # something finite from cuDNN, which float16 and bfloat16 get on an H200 (torch 2.11).
     if mask is None or query.is_cpu or not (tracing() or batched(query) or chosen(call) is Cudnn):

@@ -108,8 +108,6 @@ def attention_of(name: str, kernel: Kernel | None) -> Callable[..., Any]:
         if kernel is not None:
             refuse_vmap(name, query, key, value)
         maskless = kernel is Flash and not query.is_cpu
-        if maskless and attention_mask is not None:
-            raise UnsupportedError(name, [Reason("mask", "a mask that is a tensor", "causality by flag", _OTHERS)])
         if kernel in (Flash, Cudnn) and (_learned(attention_mask) or _learned(position_bias)):
             fix = "Choose a backend that has one, such as sdpa."
             raise UnsupportedError(name, [Reason("backward", "a gradient for the bias", "none", fix)])
@@ -123,6 +121,8 @@ def attention_of(name: str, kernel: Kernel | None) -> Callable[..., Any]:
             position_bias=position_bias,
             bottom_right=maskless,
         )
+        if maskless and mask is not None:
+            raise UnsupportedError(name, [Reason("mask", "a mask that is a tensor", "causality by flag", _OTHERS)])
         call = Call(query, key, value, mask, dropout or 0.0, causal, scaling)
         return computed(kernel, call, sinks=s_aux, return_lse=return_lse)
 

@@ -58,12 +58,12 @@ def _empty(subject: Subject, case: Case) -> Finding:
 
 
 def _lse_cases(subject: Subject) -> Iterable[Case]:
-    yield subject.case(lse=True)
+    yield subject.case(lse=True, skip=True)
     yield subject.case(lse=True, pattern=patterns.CAUSAL, padding="left", q_length=7)
     if subject.supports.sinks:
-        yield subject.case(lse=True, sinks=True)
+        yield subject.case(lse=True, skip=True, sinks=True)
     if subject.supports.softcap:
-        yield subject.case(lse=True, softcap=2.0)
+        yield subject.case(lse=True, skip=True, softcap=2.0)
 
 
 def judged_lse(subject: Subject, case: Case) -> Finding:
@@ -192,7 +192,7 @@ def _empty_gradients(subject: Subject, case: Case) -> Finding:
 
 
 def _dropout_cases(subject: Subject) -> Iterable[Case]:
-    yield subject.case(q_length=12, kv_length=12, dropout=0.3)
+    yield subject.case(q_length=12, kv_length=12, skip=True, dropout=0.3)
     yield subject.case(q_length=12, kv_length=12, dropout=0.5, padding="right")
 
 
