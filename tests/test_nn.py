@@ -215,6 +215,43 @@ def test_cross_attention_remembers_the_encoder(cache) -> None:
     same(torch.cat(parts, dim=1), layer(x, encoded, REAL))
 
 
+def test_an_encoder_beside_a_filled_cache() -> None:
+    """What a cache holds is never taken for the keys of an encoder that they may not belong to."""
+    own, cross = SelfAttention(32, 4, is_causal=True, layer_idx=0), CrossAttention(32, 4, layer_idx=0)
+    x, encoded = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
+    plain_cache, kept = CACHES["dynamic"](), CACHES["encoder-decoder"]()
+    own(x, past_key_values=plain_cache)
+    with pytest.raises(InvalidInputError) as caught:
+        cross(x, encoded, past_key_values=plain_cache)
+    assert str(caught.value) == (
+        "encoder_hidden_states is given beside a cache that holds 5 keys of this layer already, whose it does not say; "
+        "wanted: an EncoderDecoderCache, which keeps the encoder's apart; or None, if these are the encoder's."
+    )
+    own(x, past_key_values=kept)
+    for _ in range(2):
+        same(cross(x, encoded, past_key_values=kept), cross(x, encoded))
+    with pytest.raises(InvalidInputError) as caught:
+        cross(x, encoded[:, :6], past_key_values=kept)
+    assert str(caught.value) == (
+        "the encoder's length is 6; wanted: the 7 that the cache holds the keys of, or a fresh cache for another "
+        "sequence."
+    )
+
+
+@pytest.mark.parametrize("cache", [(), {}, set(), torch.zeros(2)], ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize("crossed", [False, True])
+def test_what_is_no_cache(crossed, cache) -> None:
+    """What is no cache is named, and what would be one; a dictionary's `update` does not make it one."""
+    x = torch.randn(2, 5, 32)
+    layer, inputs = (CrossAttention, (x, x)) if crossed else (SelfAttention, (x,))
+    with pytest.raises(InvalidInputError) as caught:
+        layer(32, 4, layer_idx=0)(*inputs, past_key_values=cache)
+    assert str(caught.value) == (
+        f"past_key_values is a {type(cache).__name__}; wanted: a cache with transformers' update(key, value, "
+        "layer_idx), such as DynamicCache."
+    )
+
+
 def test_caches_that_cannot_be_used() -> None:
     """A layer without a number, a cache that is too long for an encoder, or one that keeps less than it says."""
     x = torch.randn(2, 5, 32)

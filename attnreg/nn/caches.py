@@ -32,9 +32,9 @@ def extended(
         grows: the last key is the last query's.
 
     Raises:
-        InvalidInputError: the layer has no number, or the cache does not keep what it has announced.
+        InvalidInputError: it is no cache, the layer has no number, or the cache does not keep what it has announced.
     """
-    layer_idx, cache = _numbered(layer_idx), getattr(cache, "self_attention_cache", cache)
+    layer_idx, cache = _numbered(layer_idx), _updatable(getattr(cache, "self_attention_cache", cache))
     batch_size, _, q_length, _ = key.shape
     offset: int | torch.Tensor = 0
     sizes = None
@@ -50,16 +50,21 @@ def extended(
     return key, value, Extent(batch_size, q_length, sizes[0], offset, sizes[1], key.device)
 
 
-def remembered(cache: Any, layer_idx: int | None, project: Projection) -> tuple[torch.Tensor, torch.Tensor]:
+def remembered(
+    cache: Any, layer_idx: int | None, encoded: Any, project: Projection
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the encoder's keys and values: those in the cache, else new ones, which are put there.
 
     Raises:
-        InvalidInputError: the layer has no number, or the cache is longer than what is put there.
+        InvalidInputError: it is no cache, or longer than what is put there; the layer has no number; or the encoder's
+            output *encoded* comes with a cache that holds another one's keys, or may.
     """
-    layer_idx, store = _numbered(layer_idx), getattr(cache, "cross_attention_cache", cache)
+    layer_idx, store = _numbered(layer_idx), _updatable(getattr(cache, "cross_attention_cache", cache))
     filled = getattr(cache, "is_updated", None)
     if filled.get(layer_idx) if filled is not None else _holds(store, layer_idx):
         layer = store.layers[layer_idx]
+        if encoded is not None:
+            _check_filled(layer.keys.shape[2], encoded, plain=filled is None)
         return layer.keys, layer.values
     new_key, new_value = project()
     key, value = store.update(new_key, new_value, layer_idx)
@@ -69,6 +74,20 @@ def remembered(cache: Any, layer_idx: int | None, project: Projection) -> tuple[
     if filled is not None:
         filled[layer_idx] = True
     return key, value
+
+
+def _check_filled(kept: int, encoded: torch.Tensor, *, plain: bool) -> None:
+    """Refuse an encoder's output beside keys that may not be its own.
+
+    A plain cache does not say whose keys it holds: a self-attention of the same number may have put them there.
+    """
+    if plain:
+        got = f"given beside a cache that holds {kept} keys of this layer already, whose it does not say"
+        wanted = "an EncoderDecoderCache, which keeps the encoder's apart; or None, if these are the encoder's"
+        raise InvalidInputError("encoder_hidden_states", got, wanted)
+    if encoded.shape[1] != kept:
+        wanted = f"the {kept} that the cache holds the keys of, or a fresh cache for another sequence"
+        raise InvalidInputError("the encoder's length", str(encoded.shape[1]), wanted)
 
 
 def within_filled(asked: Asked, extent: Extent) -> Asked:
@@ -89,7 +108,15 @@ def within_filled(asked: Asked, extent: Extent) -> Asked:
 
 
 def _holds(store: Any, layer_idx: int) -> bool:
-    return hasattr(store, "get_seq_length") and bool(store.get_seq_length(layer_idx) > 0)
+    readable = hasattr(store, "get_seq_length") and hasattr(store, "layers")
+    return readable and bool(store.get_seq_length(layer_idx) > 0)
+
+
+def _updatable(cache: Any) -> Any:
+    if isinstance(cache, dict | set) or not callable(getattr(cache, "update", None)):
+        wanted = "a cache with transformers' update(key, value, layer_idx), such as DynamicCache"
+        raise InvalidInputError("past_key_values", f"a {type(cache).__name__}", wanted)
+    return cache
 
 
 def _numbered(layer_idx: int | None) -> int:

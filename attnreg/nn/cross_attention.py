@@ -95,7 +95,9 @@ class CrossAttention(Layer):
             encoder_hidden_states: `(batch, kv_length, encoder_dim)`; None if a cache holds its keys and values.
             mask: see `attnreg.attention`; padding is the encoder's. Positions count from 0 in both sequences.
             past_key_values: a cache with transformers' `update(key, value, layer_idx)`. It keeps the encoder's keys and
-                values from the first call; later calls read them there.
+                values from the first call; later calls read them there. Beside a filled cache, *encoder_hidden_states*
+                can be given if it is an `EncoderDecoderCache` for as many tokens; a plain one does not say whose keys
+                it holds, and refuses.
 
         Returns:
             `(batch, length, embed_dim)`, or `(batch, length, num_heads * head_dim)` without an output projection.
@@ -106,13 +108,19 @@ class CrossAttention(Layer):
         """
         check_input("x", x, self.embed_dim)
 
-        def project() -> tuple[torch.Tensor, torch.Tensor]:
+        if past_key_values is None or encoder_hidden_states is not None:
             check_input("encoder_hidden_states", encoder_hidden_states, self.encoder_dim)
+
+        def project() -> tuple[torch.Tensor, torch.Tensor]:
+            check_input("encoder_hidden_states", encoder_hidden_states, self.encoder_dim)  # not None if it is needed
             key, value = self.kv(encoder_hidden_states).chunk(2, dim=-1)
             return self.split(key), self.split(value)
 
         query = self.split(self.q(x))
-        key, value = project() if past_key_values is None else remembered(past_key_values, self.layer_idx, project)
+        if past_key_values is None:
+            key, value = project()
+        else:
+            key, value = remembered(past_key_values, self.layer_idx, encoder_hidden_states, project)
         if key.shape[0] != x.shape[0]:
             raise InvalidInputError("the encoder's batch", str(key.shape[0]), f"x's, {x.shape[0]}")
         extent = Extent(x.shape[0], x.shape[1], key.shape[2], 0, 0, x.device)
