@@ -61,8 +61,24 @@ FOREIGN: Final[Mapping[str, str]] = {
     "return_softmax_lse": "return_lse",
     "return_attn_probs": "output_attentions",
     "q_descale": "nothing: scale the inputs",
+    "causal": "is_causal",
+    "mask": "attention_mask, from the backend's formatter",
+    "block_mask": "attention_mask, from flex_attention's formatter",
+    "mask_mod": "mask_function, given to the backend's formatter",
+    "score_mod": "softcap and position_bias; no backend takes other functions of the scores",
+    "bias": "position_bias",
+    "attention_bias": "position_bias",
+    "softmax_cap": "softcap",
+    "soft_cap": "softcap",
+    "logit_softcap": "softcap",
+    "attn_logit_softcapping": "softcap",
+    "attention_dropout": "dropout",
+    "need_weights": "output_attentions",
 }
 """What other libraries call these. A function that does not name such a keyword itself would swallow it unread."""
+
+_COUNTS_AS_ZERO: Final = frozenset({"causal", "scale", "softmax_scale", "sm_scale"})
+"""Words of other libraries of which 0 and False say something."""
 
 _IN_THE_MASK: Final = frozenset({"sliding_window", "packing"})
 """A mask that is a tensor is complete: with one at hand, these keywords repeat what it already says."""
@@ -113,7 +129,7 @@ class ByName:
     __wrapped__: Callable[..., Any]
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
-        functools.update_wrapper(cast("Callable[..., Any]", self), function)
+        functools.update_wrapper(cast("Callable[..., Any]", self), function, updated=())
         self._name = name
 
     def __copy__(self) -> ByName:
@@ -191,9 +207,9 @@ class Guarded(ByName):
         if rules.supports.dtypes is not None:
             query, key, value = _cast(rules.supports.dtypes, query, key, value)
         for keyword, asked in kwargs.items():
-            if keyword in rules.refused and _is_asked(keyword, asked, key, attention_mask):
+            if keyword in rules.refused and _is_asked(keyword, asked, query, key, attention_mask):
                 self._judge(module, query, key, value, attention_mask, kwargs)
-            elif keyword in self._foreign and asked is not None and asked is not False:
+            elif keyword in self._foreign and _means_something(keyword, asked):
                 raise InvalidInputError(f"the keyword {keyword!r}", "not one of attnreg's", FOREIGN[keyword])
         for exceeds in rules.limits:
             if exceeds(rules.supports, _Call(module, query, key, value, attention_mask, kwargs)):
@@ -207,7 +223,7 @@ class Guarded(ByName):
         asked = {
             KEYWORDS[keyword]: True
             for keyword in KEYWORDS.keys() & kwargs.keys()
-            if _is_asked(keyword, kwargs[keyword], key, attention_mask)
+            if _is_asked(keyword, kwargs[keyword], query, key, attention_mask)
         }
         call = _Call(module, query, key, value, attention_mask, kwargs)
         asked["is_causal"] = _wants_flag(call)
@@ -252,12 +268,21 @@ def _call_method(guarded: Guarded) -> Callable[..., Any]:
     return method
 
 
+def _means_something(keyword: str, value: Any) -> bool:
+    """Whether another library's keyword asks for anything: `causal=False` does, where causality is the default."""
+    if value is None:
+        return False
+    if isinstance(value, tuple | list):
+        return any(each not in (-1, None) for each in value)
+    return keyword in _COUNTS_AS_ZERO or not (isinstance(value, int | float) and value == 0)
+
+
 def _whole(default: Any) -> Any:
     """Return 0 for 0.0: with dynamic shapes, torch.compile makes a symbol of a float that is a default."""
     return int(default) if isinstance(default, float) and default.is_integer() else default
 
 
-def _is_asked(keyword: str, value: Any, key: Any, attention_mask: Any) -> bool:
+def _is_asked(keyword: str, value: Any, query: Any, key: Any, attention_mask: Any) -> bool:
     """Whether the keyword's value changes the result: None, False and 0 do not, nor a window that all keys are in."""
     if value is None or value is False:
         return False
@@ -265,7 +290,9 @@ def _is_asked(keyword: str, value: Any, key: Any, attention_mask: Any) -> bool:
         return False
     if not isinstance(value, int | float):
         return True
-    return bool(key.shape[-2] > value) if keyword == "sliding_window" else value != 0
+    if keyword == "sliding_window":
+        return bool(max(query.shape[-2], key.shape[-2]) > value)
+    return value != 0
 
 
 def _cast(dtypes: frozenset[str], query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
@@ -290,7 +317,11 @@ def _wants_flag(call: _Call) -> bool:
 def _wants_gradients(call: _Call) -> bool:
     import torch
 
-    return torch.is_grad_enabled() and (call.query.requires_grad or call.key.requires_grad or call.value.requires_grad)
+    if not torch.is_grad_enabled():
+        return False
+    learned = call.kwargs.get("s_aux"), call.kwargs.get("position_bias")
+    tensors = call.query, call.key, call.value, *learned
+    return any(getattr(each, "requires_grad", False) for each in tensors)
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnreg
 from attnreg import UnsupportedError, reference
+from attnreg.builtin.rows import empty_rows
 from attnreg.masks import bidirectional, causal
 
 ON_CPU = ["eager", "sdpa", "sdpa_flash", "sdpa_math"]
@@ -123,9 +125,9 @@ def test_the_users_choice_of_kernel_counts_for_statistics_too() -> None:
     inputs = tensors([(1, 2, 5, 8)] * 3)
     call = attnreg.get("sdpa").call
     with sdpa_kernel(SDPBackend.MATH):
-        assert call(FREE, *inputs, None, return_lse=True)[2].requires_grad, "matrix products are differentiable"
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        assert not call(FREE, *inputs, None, return_lse=True)[2].requires_grad
+        torch.autograd.grad(call(FREE, *inputs, None, return_lse=True)[2].sum(), inputs[0])  # matrix products
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), pytest.raises(UnsupportedError):
+        call(FREE, *inputs, None, return_lse=True)[2].sum().backward()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         output = attnreg.get("sdpa_math").call(FREE, *inputs, None)[0]
     torch.testing.assert_close(output, attnreg.get("eager").call(FREE, *inputs, None)[0])
@@ -205,17 +207,145 @@ def test_flash_on_cuda_takes_no_mask() -> None:
         attnreg.get("sdpa_flash").call(FREE, query, query, query, mask)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_what_is_known_of_a_mask_is_forgotten_when_it_changes() -> None:
-    """Empty rows are searched for once for each mask, and anew after it was written to."""
-    from attnreg.builtin.rows import empty_rows
-
-    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    """Empty rows are searched for once for each mask, and anew after it was written to; copies start afresh."""
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool, device="cuda")
     assert not empty_rows(mask).any()
     assert empty_rows(mask) is empty_rows(mask)
     mask[..., 1, :] = False
     assert empty_rows(mask).tolist() == [[[False, True, False]]]
-    with torch.inference_mode():
-        mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
-        assert not empty_rows(mask).any()
-        mask[..., 1, :] = False
-        assert empty_rows(mask).tolist() == [[[False, True]]], "nothing counts what writes to an inference tensor"
+    other = copy.deepcopy(mask)
+    other.data = torch.ones_like(mask)
+    assert not empty_rows(other).any()
+
+
+def test_what_is_known_of_a_mask_is_searched_for_where_nothing_tells_of_changes() -> None:
+    """On the CPU numpy may write to it, and nothing counts what writes to an inference tensor."""
+    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    assert not empty_rows(mask).any()
+    mask.data[..., 1, :] = False
+    assert empty_rows(mask).tolist() == [[[False, True]]]
+
+
+PLAIN = ["eager", "sdpa", "sdpa_flash", "sdpa_math", "flex_attention"]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize(
+    "options", [{}, {"return_lse": True}, {"s_aux": torch.zeros(2)}], ids=["plain", "lse", "sinks"]
+)
+@pytest.mark.parametrize("sizes", [(1, 1, 0), (1, 0, 3), (0, 2, 2)], ids=["no keys", "no queries", "no rows"])
+def test_nothing_to_attend(name, options, sizes) -> None:
+    """Without keys, queries or rows there is no kernel to call: the output is 0, the log-sum-exp -inf."""
+    batch, queries, keys = sizes
+    query, key = torch.randn(batch, 2, queries, 8), torch.randn(batch, 2, keys, 8)
+    result = attnreg.get(name).call(FREE, query, key, key, None, **options)
+    assert result[0].shape == (batch, queries, 2, 8)
+    assert result[0].count_nonzero() == 0
+    if "return_lse" in options:
+        assert torch.isneginf(result[2]).all()
+        assert result[2].shape == (batch, 2, queries)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("scaling", [-0.3, 0.0, torch.tensor(0.3)], ids=str)
+def test_any_factor(name, scaling) -> None:
+    """A factor that is zero, negative or a tensor is honoured, also beside a flag that hides keys."""
+    inputs = [each.detach() for each in tensors([(2, 2, 6, 8)] * 3)]
+    output = attnreg.get(name).call(FREE, *inputs, None, is_causal=True, scaling=scaling)[0]
+    expected = reference.attention(*inputs, is_causal=True, scaling=float(scaling)).output
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_a_learned_factor_has_its_gradient(name) -> None:
+    """The factor may be a parameter."""
+    inputs = tensors([(2, 2, 6, 8)] * 3)
+    gradients = []
+    for scaling in (torch.tensor(0.3, requires_grad=True), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)):
+        if scaling.dtype == torch.float64:
+            output = reference.attention(*inputs, scaling=scaling).output
+        else:
+            output = attnreg.get(name).call(FREE, *inputs, None, scaling=scaling)[0]
+        gradients += torch.autograd.grad(output.square().sum(), scaling)
+    torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "sdpa_flash", "sdpa_math", "flex_attention"])
+@pytest.mark.parametrize("as_mask", [False, True], ids=["bias", "mask"])
+def test_what_is_added_keeps_its_precision(name, as_mask) -> None:
+    """Something of float32 that is added to scores of bfloat16 queries is not rounded to bfloat16 first."""
+    if name == "flex_attention" and as_mask:
+        pytest.skip("flex_attention reads block masks")
+    query, key, value = (each.detach().bfloat16() for each in tensors([(2, 4, 64, 16)] * 3))
+    added = 10 * torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(1))
+    expected = reference.attention(query, key, value, position_bias=added).output
+    given = (added, {}) if as_mask else (None, {"position_bias": added})
+    output = attnreg.get(name).call(FREE, query, key, value, given[0], **given[1])[0]
+    assert (output.double() - expected).abs().max() < 0.03
+
+
+def test_what_the_dtype_cannot_hold_stays_finite() -> None:
+    """A number beyond float16 that is added to all scores of a row changes nothing, and is no infinity."""
+    query = torch.randn(1, 2, 8, 16)
+    exact = attnreg.get("sdpa").call(FREE, query, query, query, None)[0]
+    for offset in (1e5, -1e9):
+        added = torch.full((1, 1, 8, 8), offset)
+        half = query.half()
+        output = attnreg.get("sdpa").call(FREE, half, half, half, None, position_bias=added.to("cpu"))[0]
+        assert torch.isfinite(output).all()
+        assert output.shape == exact.shape
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_no_sink_is_a_sink_of_minus_infinity(name) -> None:
+    """It changes nothing, also for queries without any key, and its gradient is no NaN."""
+    inputs = tensors([(2, 2, 6, 8)] * 3)
+    sinks = torch.full((2,), float("-inf"), requires_grad=True)
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    mask[:, :, 0] = False
+    call = attnreg.get(name).call
+    output = call(FREE, *inputs, mask, s_aux=sinks)[0]
+    torch.testing.assert_close(output, call(FREE, *inputs, mask)[0])
+    assert all(torch.isfinite(each).all() for each in torch.autograd.grad(output.sum(), [*inputs, sinks]))
+
+
+@pytest.mark.parametrize("name", ["sdpa", "sdpa_flash"])
+def test_double_precision_with_sinks(name) -> None:
+    """float64 stays float64, forward and backward; a second derivative, which there is none of, raises."""
+    inputs = [each.detach().double().requires_grad_() for each in tensors([(2, 2, 6, 8)] * 3 + [(2,)])]
+    output = attnreg.get(name).call(FREE, *inputs[:3], None, s_aux=inputs[3])[0]
+    expected = reference.attention(*inputs[:3], s_aux=inputs[3]).output
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    found = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
+    for got, wanted in zip(found, torch.autograd.grad(expected.square().sum(), inputs), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-11)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(found[3].sum(), inputs[3])
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_the_gradient_of_the_log_sum_exp_is_there_or_an_error(name) -> None:
+    """Kernels that return it without a gradient say so when one is asked for, and not before."""
+    inputs = tensors([(1, 2, 5, 8)] * 3)
+    output, _, lse = attnreg.get(name).call(FREE, *inputs, None, return_lse=True)
+    torch.autograd.grad(output.sum(), inputs, retain_graph=True)
+    exact = [each.detach().double().requires_grad_() for each in inputs]
+    if name in {"eager", "sdpa_math"}:
+        right = torch.autograd.grad(reference.attention(*exact).logsumexp.sum(), exact[0])[0]
+        torch.testing.assert_close(torch.autograd.grad(lse.sum(), inputs[0])[0].double(), right, rtol=0, atol=1e-4)
+        return
+    with pytest.raises(UnsupportedError, match="backward: wants the gradient of the log-sum-exp"):
+        (output.sum() + lse.sum()).backward()
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_tensors_of_another_device_are_refused(name) -> None:
+    """A bias that is elsewhere is an error, and not whatever is in memory there."""
+    query = torch.randn(1, 2, 5, 8)
+    with pytest.raises(
+        attnreg.InvalidMaskError, match="the position bias is on meta; wanted: on cpu, where the query is"
+    ):
+        attnreg.get(name).call(FREE, query, query, query, None, position_bias=torch.zeros(1, 1, 5, 5, device="meta"))

@@ -68,6 +68,8 @@ class Flash:
                 query, key, value, 0.0, causal, attn_mask=bias, scale=scale
             )
             return Result(output, found, ())
+        if bias is not None:
+            raise AssertionError("torch's flash kernel on CUDA reads no bias; the backend refuses one before")
         output, found, *rest = _aten._scaled_dot_product_flash_attention(  # noqa: SLF001
             query, key, value, dropout, causal, return_debug_mask=False, scale=scale
         )
@@ -167,15 +169,17 @@ def math(call: Operands) -> torch.Tensor:
 
 
 def lse_of_scores(call: Operands, empty: torch.Tensor | None) -> torch.Tensor:
-    """Compute the log-sum-exp `(batch, heads, q_length)` by one matrix product; float32, -inf for *empty* rows.
+    """Compute the log-sum-exp `(batch, heads, q_length)` by one matrix product; -inf for *empty* rows.
 
     It is differentiable; the gradient of an empty row is 0.
     """
     query, key = call.query, call.key
     batch, heads, q_length, _ = query.shape
     kv_heads = key.shape[1]
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads * q_length, -1)
-    scores = (grouped.float() @ key.float().transpose(2, 3)).reshape(batch, heads, q_length, -1)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads * q_length, query.shape[3])
+    scores = grouped.to(wide) @ key.to(wide).transpose(2, 3)
+    scores = scores.reshape(batch, heads, q_length, key.shape[2])
     scores = scores * (query.shape[-1] ** -0.5 if call.scale is None else call.scale)
     if call.bias is not None:
         scores = scores + call.bias

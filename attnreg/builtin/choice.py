@@ -8,9 +8,9 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from attnreg.builtin.aten import Cudnn, Efficient, Flash, Kernel, Operands, lse_of_scores, math
-from attnreg.builtin.inputs import as_bias, check_sinks
+from attnreg.builtin.inputs import as_bias, check_sinks, nothing
 from attnreg.builtin.rows import empty_rows, in_one_order, rows_before
-from attnreg.builtin.sinks import damped, with_sinks
+from attnreg.builtin.sinks import damped, with_sinks, without_gradient
 from attnreg.masks.extent import tracing
 
 _KERNELS: Final[dict[int, Kernel]] = {
@@ -82,6 +82,8 @@ def computed(
     """
     query, key, value, mask, *_ = call
     q_length, kv_length = query.shape[2], key.shape[2]
+    if not (query.shape[0] and q_length and kv_length):
+        return nothing(query, key, value, return_lse=return_lse)
     operands = Operands(
         query=_with_unit_stride(query),
         key=_with_unit_stride(key),
@@ -124,12 +126,25 @@ def _run(
     elif sinks is not None:
         output, lse = with_sinks(kernel, operands, sinks, empty)
     else:
-        result = kernel.forward(operands, stats=return_lse or _learns(operands))
+        learns = _learns(operands)
+        result = kernel.forward(operands, stats=return_lse or learns)
         output = result.output
         if return_lse:
             lse = kernel.lse(result.stats.detach().float(), q_length)
             lse = lse if empty is None else lse.masked_fill(empty, float("-inf"))
-    return output, lse if return_lse else None
+    if not return_lse or lse is None:
+        return output, None
+    if kernel is not None and _learns(operands):
+        lse = lse_of_scores(operands, empty) if tracing() else without_gradient(lse, operands.query)
+    return output, lse.float()
+
+
+def cudnn_can(call: Call) -> bool:
+    """Whether torch would hand *call* to cuDNN, if cuDNN is all it may choose."""
+    query, key, value, mask, dropout, causal, _ = call
+    gqa = query.shape[1] != key.shape[1]
+    parameters = torch.backends.cuda.SDPAParams(query, key, value, mask, dropout, causal, gqa)
+    return torch.backends.cuda.can_use_cudnn_attention(parameters, debug=False)
 
 
 def _learns(operands: Operands) -> bool:

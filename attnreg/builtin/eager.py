@@ -72,7 +72,7 @@ def eager_attention(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if position_bias is not None:
-        check_bias(position_bias, sizes)
+        check_bias(position_bias, sizes, query.device)
         scores = scores + position_bias
     if attention_mask is None:
         causal = causality(module, is_causal)
@@ -80,7 +80,7 @@ def eager_attention(
             *sizes[2:4], is_causal=causal, sliding_window=sliding_window, device=query.device
         )
     else:
-        check_mask(attention_mask, sizes)
+        check_mask(attention_mask, sizes, query.device)
     scores, empty = _masked(scores, attention_mask, position_bias)
     weights = _softmax(scores, empty, s_aux).to(query.dtype)
     output = _by_group(functional.dropout(weights, p=dropout or 0.0), value).transpose(1, 2).contiguous()

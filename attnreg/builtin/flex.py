@@ -27,7 +27,9 @@ from attnreg.builtin.inputs import (
     check_inputs,
     check_sinks,
     check_window,
+    nothing,
     refuse_vmap,
+    scaled,
 )
 from attnreg.builtin.sinks import damped
 from attnreg.errors import InvalidMaskError
@@ -82,7 +84,11 @@ def flex_attention_forward(
     Source: https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html, arXiv:2412.05496.
     """
     sizes = check_inputs(query, key, value)
-    refuse_vmap("flex_attention", query, key, value)
+    refuse_vmap("flex_attention", query, key, value, position_bias, s_aux)
+    if not (sizes[0] and sizes[2] and sizes[3]):
+        return nothing(query, key, value, return_lse=return_lse)
+    if scaling is not None:
+        query, scaling = scaled(query, scaling)
     if attention_mask is None:
         attention_mask = _mask_of_flags(
             sizes, is_causal=causality(module, is_causal), window=sliding_window, device=query.device
@@ -138,6 +144,8 @@ _plain: Callable[..., Any] = flex_attention
 
 def _unfused(*tensors: Any, **keywords: Any) -> Any:
     """Call flex attention uncompiled, without the warning that it gives about that."""
+    if not torch.is_grad_enabled():  # torch looks at the tensors alone, and refuses those that could learn
+        tensors = tuple(tensor.detach() for tensor in tensors)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         return _plain(*tensors, **keywords)
@@ -178,7 +186,7 @@ def _score_mod(
     sizes: Sizes, softcap: float | None, position_bias: torch.Tensor | None, device: torch.device
 ) -> Callable[..., torch.Tensor] | None:
     if position_bias is not None:
-        check_bias(position_bias, sizes)
+        check_bias(position_bias, sizes, device)
     softcap = check_cap(softcap)
     if softcap is None and position_bias is None:
         return None

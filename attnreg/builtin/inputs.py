@@ -36,16 +36,23 @@ def check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
     raise _wrong_shapes(query, key, value)
 
 
-def check_mask(mask: Any, sizes: Sizes) -> None:
-    """Raise `InvalidMaskError` unless *mask* is bool or floating and broadcasts over the scores, axis by axis."""
+def check_mask(mask: Any, sizes: Sizes, device: torch.device) -> None:
+    """Raise `InvalidMaskError` unless *mask* is bool or floating, on *device*, and broadcasts over the scores."""
     if not (_broadcasts(mask, sizes) and (mask.dtype is torch.bool or mask.is_floating_point())):
         raise _misfit("the mask", mask, "a bool (True = attend) or floating (added to the scores) tensor", sizes)
+    _check_device("the mask", mask, device)
 
 
-def check_bias(bias: Any, sizes: Sizes) -> None:
-    """Raise `InvalidMaskError` unless *bias* is floating and broadcasts over the scores, axis by axis."""
+def check_bias(bias: Any, sizes: Sizes, device: torch.device) -> None:
+    """Raise `InvalidMaskError` unless *bias* is floating, on *device*, and broadcasts over the scores."""
     if not (_broadcasts(bias, sizes) and bias.is_floating_point()):
         raise _misfit("the position bias", bias, "a floating tensor", sizes)
+    _check_device("the position bias", bias, device)
+
+
+def _check_device(what: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise InvalidMaskError(what, f"on {tensor.device}", f"on {device}, where the query is")
 
 
 def _broadcasts(tensor: Any, sizes: Sizes) -> bool:
@@ -133,7 +140,7 @@ def mask_and_flag(
     """
     causal = False
     if attention_mask is not None:
-        check_mask(attention_mask, sizes)
+        check_mask(attention_mask, sizes, query.device)
         if attention_mask.dtype is not torch.bool:
             attention_mask = in_torch_terms(attention_mask, query.dtype)
     else:
@@ -151,14 +158,29 @@ def mask_and_flag(
                 q_length, kv_length, is_causal=flagged, sliding_window=sliding_window, device=query.device
             )
     if position_bias is not None:
-        check_bias(position_bias, sizes)
-        attention_mask = _with_bias(attention_mask, in_torch_terms(position_bias, query.dtype))
+        check_bias(position_bias, sizes, query.device)
+        attention_mask = _with_bias(attention_mask, _as_added(position_bias, query.dtype))
     return attention_mask, causal
 
 
 def in_torch_terms(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Turn the smallest finite value, which other formatters fill with, into -inf: SDPA gives 0 for a row of those."""
-    return mask.to(dtype).masked_fill(mask <= torch.finfo(mask.dtype).min, float("-inf"))
+    hidden = mask <= torch.finfo(mask.dtype).min
+    return _as_added(mask, dtype).masked_fill(hidden, float("-inf"))
+
+
+def _as_added(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what is added to scores in a dtype that torch's kernels add: float32 on the CPU too, else the query's.
+
+    What the query's dtype cannot hold becomes the largest that it can, and not infinite.
+    """
+    if tensor.dtype is dtype or (tensor.dtype is torch.float32 and tensor.is_cpu and dtype is not torch.float64):
+        return tensor
+    limits = torch.finfo(dtype)
+    if limits.max >= torch.finfo(tensor.dtype).max:
+        return tensor.to(dtype)
+    infinite = tensor == float("-inf")
+    return tensor.clamp(limits.min, limits.max).to(dtype).masked_fill(infinite, float("-inf"))
 
 
 def as_bias(mask: torch.Tensor | None, dtype: torch.dtype, kv_length: int) -> torch.Tensor | None:
@@ -190,9 +212,31 @@ def check_sinks(sinks: torch.Tensor, heads: int) -> torch.Tensor:
     return sinks.reshape(heads)
 
 
-def refuse_vmap(name: str, *tensors: torch.Tensor) -> None:
+def scaled(query: torch.Tensor, scaling: Any) -> tuple[torch.Tensor, float | None]:
+    """Return query and factor so that the factor is a positive number, which is all that kernels are made for.
+
+    A factor that is a tensor, to be learned, or is zero or negative, is multiplied into the query.
+    """
+    if isinstance(scaling, torch.Tensor) or scaling <= 0:
+        return query * scaling, 1.0
+    return query, scaling
+
+
+def nothing(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, return_lse: bool
+) -> tuple[torch.Tensor, None] | tuple[torch.Tensor, None, torch.Tensor]:
+    """Return what a call without any query or any key gives: 0, and a log-sum-exp of -inf; gradients are 0."""
+    batch, heads, q_length, _ = query.shape
+    output = query.new_zeros(batch, q_length, heads, value.shape[3])
+    output = output + (query.sum() + key.sum() + value.sum()) * 0
+    if not return_lse:
+        return output, None
+    return output, None, query.new_full((batch, heads, q_length), float("-inf"), dtype=torch.float32)
+
+
+def refuse_vmap(name: str, *tensors: torch.Tensor | None) -> None:
     """Raise `UnsupportedError` inside of `torch.vmap`, for what torch has no batching rule for."""
-    if any(batched(tensor) for tensor in tensors):
+    if any(tensor is not None and batched(tensor) for tensor in tensors):
         fix = "Give the tensors a batch axis, which attention has anyway, or choose eager."
         raise UnsupportedError(name, [Reason("vmap", "a call inside torch.vmap", "calls outside of it", fix)])
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from torch import Tensor
 from torch.nn import functional
 
 from attnreg import Backend, Capabilities, hookimpl
 from attnreg.builtin.aten import Cudnn, Flash
 from attnreg.builtin.choice import Call, chosen, computed, may_take_flash
-from attnreg.builtin.inputs import causality, check_inputs, mask_and_flag, refuse_vmap
+from attnreg.builtin.inputs import causality, check_inputs, mask_and_flag, refuse_vmap, scaled
 from attnreg.builtin.rows import empty_rows, in_one_order
 from attnreg.masks import sdpa_mask
 from attnreg.masks.extent import batched, tracing
@@ -66,6 +67,8 @@ def sdpa_attention(
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
     """
     _, heads, q_length, kv_length, kv_heads = sizes = check_inputs(query, key, value)
+    if scaling is not None and (isinstance(scaling, Tensor) or scaling <= 0):
+        query, scaling = scaled(query, scaling)
     plain = attention_mask is None and sliding_window is None and position_bias is None
     if plain and (q_length == 1 or q_length == kv_length) and s_aux is None and not return_lse:  # noqa: PLR1714
         output = functional.scaled_dot_product_attention(
@@ -94,7 +97,7 @@ def sdpa_attention(
     if causal and q_length != kv_length:
         return computed(Flash, call, sinks=s_aux, return_lse=return_lse)
     if s_aux is not None or return_lse:
-        refuse_vmap("sdpa", query, key, value)
+        refuse_vmap("sdpa", query, key, value, mask, s_aux)
         return computed(chosen(call), call, sinks=s_aux, return_lse=return_lse)
     return _without_statistics(call, gqa=heads != kv_heads), None
 

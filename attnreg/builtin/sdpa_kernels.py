@@ -9,16 +9,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
+
 from attnreg import Backend, Capabilities, Reason, UnsupportedError, hookimpl
 from attnreg.builtin.aten import Cudnn, Efficient, Flash, Kernel
-from attnreg.builtin.choice import Call, computed
-from attnreg.builtin.inputs import check_inputs, mask_and_flag, refuse_vmap
+from attnreg.builtin.choice import Call, computed, cudnn_can
+from attnreg.builtin.inputs import check_inputs, mask_and_flag, refuse_vmap, scaled
 from attnreg.masks import sdpa_mask
+from attnreg.masks.extent import tracing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import torch
 
 _ANY_MASK: Final = Capabilities(
     grouped_query=True,
@@ -106,7 +107,9 @@ def attention_of(name: str, kernel: Kernel | None) -> Callable[..., Any]:
         """
         sizes = check_inputs(query, key, value)
         if kernel is not None:
-            refuse_vmap(name, query, key, value)
+            refuse_vmap(name, query, key, value, attention_mask, position_bias, s_aux)
+        if scaling is not None:
+            query, scaling = scaled(query, scaling)
         maskless = kernel is Flash and not query.is_cpu
         if kernel in (Flash, Cudnn) and (_learned(attention_mask) or _learned(position_bias)):
             fix = "Choose a backend that has one, such as sdpa."
@@ -124,6 +127,9 @@ def attention_of(name: str, kernel: Kernel | None) -> Callable[..., Any]:
         if maskless and mask is not None:
             raise UnsupportedError(name, [Reason("mask", "a mask that is a tensor", "causality by flag", _OTHERS)])
         call = Call(query, key, value, mask, dropout or 0.0, causal, scaling)
+        if kernel is Cudnn and not tracing() and not cudnn_can(call):
+            fix = "Choose a backend for any shape, such as sdpa."
+            raise UnsupportedError(name, [Reason("kernel", "a call of this shape", "what torch hands to cuDNN", fix)])
         return computed(kernel, call, sinks=s_aux, return_lse=return_lse)
 
     attention.__name__ = attention.__qualname__ = f"{name}_attention"
@@ -131,7 +137,7 @@ def attention_of(name: str, kernel: Kernel | None) -> Callable[..., Any]:
 
 
 def _learned(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
 @hookimpl

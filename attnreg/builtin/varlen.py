@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import torch
 
 from attnreg import Backend, Capabilities, hookimpl
-from attnreg.builtin.inputs import Sizes, causality, check_inputs, check_window, refuse_vmap
+from attnreg.builtin.inputs import Sizes, causality, check_inputs, check_window, nothing, refuse_vmap, scaled
 from attnreg.errors import InvalidInputError, InvalidMaskError
 from attnreg.masks import Unpadded, varlen_mask
+from attnreg.masks.extent import readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,6 +71,10 @@ def varlen_attention(
     """
     sizes = check_inputs(query, key, value)
     refuse_vmap("varlen", query, key, value)
+    if not (sizes[0] and sizes[2] and sizes[3]):
+        return nothing(query, key, value, return_lse=return_lse)
+    if scaling is not None:
+        query, scaling = scaled(query, scaling)
     if attention_mask is not None:
         _check_mask(attention_mask, sizes)
         mask = attention_mask
@@ -174,12 +179,23 @@ def _packed(
         raise InvalidInputError(missing, "missing", "both cu_seq_lens_q and cu_seq_lens_k")
     if mask.batch_size != 1:
         raise InvalidInputError("a batch with cu_seq_lens_q", f"{mask.batch_size} rows", "one row, packed")
+    if cu_seq_lens_q.dim() != 1 or cu_seq_lens_q.shape != cu_seq_lens_k.shape:
+        got = f"of shapes {tuple(cu_seq_lens_q.shape)} and {tuple(cu_seq_lens_k.shape)}"
+        raise InvalidInputError("cu_seq_lens_q and cu_seq_lens_k", got, "(sequences + 1,) both")
+    if readable(cu_seq_lens_q) and (max_length_q is None or max_length_k is None or cu_seq_lens_q.is_cpu):
+        for name, ends, length in (("q", cu_seq_lens_q, mask.q_length), ("k", cu_seq_lens_k, mask.kv_length)):
+            if bool(ends[0] != 0) | bool((ends.diff() < 0).any()) | bool(ends[-1] > length):
+                raise InvalidInputError(
+                    f"cu_seq_lens_{name}", str(ends.tolist()), f"growing from 0 to {length} at most"
+                )
     return replace(
         mask,
         cu_seqlens_q=cu_seq_lens_q.to(torch.int32),
         cu_seqlens_k=cu_seq_lens_k.to(torch.int32),
         max_seqlen_q=_longest(cu_seq_lens_q) if max_length_q is None else int(max_length_q),
         max_seqlen_k=_longest(cu_seq_lens_k) if max_length_k is None else int(max_length_k),
+        indices_q=torch.arange(mask.q_length, device=cu_seq_lens_q.device),
+        bounded=True,  # the last sequence may end before the row does
     )
 
 

@@ -104,7 +104,8 @@ class And(_Terms):
     @property
     def structures(self) -> frozenset[str]:
         """Those of all terms. Of `|` and `~` only a dense mask can tell, so they are opaque."""
-        return frozenset[str]().union(*(term.structures for term in self.terms))
+        found: frozenset[str] = frozenset()
+        return found.union(*(term.structures for term in self.terms))
 
     def __call__(
         self, batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor
