@@ -130,6 +130,14 @@ def test_limits_of_the_head_dimension_are_kept_to() -> None:
     assert "head_dim: wants 8; supported: multiples of 32" in found["head_dims"].detail
 
 
+def test_the_smallest_head_dimension_is_kept_to() -> None:
+    """The basic cases begin at min_head_dim, rounded up to the multiple; smaller ones are refused, value's too."""
+    limited = replace(CORRECT.supports, min_head_dim=40, head_dim_multiple=16)
+    found = rows(replace(CORRECT, supports=limited), "plain", "head_dims", "value_head_dim", "together", "declaration")
+    assert {row.verdict for row in found.values()} == {"holds"}
+    assert "head_dim: wants 8; supported: 40 or more" in found["head_dims"].detail
+
+
 def test_devices_and_dtypes() -> None:
     """The dtypes examined are those declared; a missing device and a backend without any of them are errors."""
     half = replace(CORRECT, supports=replace(CORRECT.supports, dtypes={"bfloat16"}))

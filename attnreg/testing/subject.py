@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
 
 _SMALLEST_HEAD = 16
+_APART = 8
+"""How far value's head dimension is from query's, at least."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,10 +47,28 @@ class Subject:
 
     @property
     def head_dim(self) -> int:
-        """A head dimension that the backend supports: 16, or the next that is allowed."""
-        step = self.supports.head_dim_multiple
-        return min(-(-_SMALLEST_HEAD // step) * step, self.supports.max_head_dim or _SMALLEST_HEAD * step)
+        """A head dimension that the backend supports: 16, or the next that is allowed.
+
+        Where nothing lies between the smallest and the largest, it is one that is refused.
+        """
+        supports = self.supports
+        step, largest = supports.head_dim_multiple, supports.max_head_dim
+        wanted = _rounded_up(max(_SMALLEST_HEAD, supports.min_head_dim), step)
+        if largest is None or wanted <= largest:
+            return wanted
+        return max(largest // step, 1) * step
+
+    @property
+    def other_head_dims(self) -> tuple[int, ...]:
+        """Head dimensions of value beside `head_dim`: a larger one, and a smaller one if there is one."""
+        step = _rounded_up(_APART, self.supports.head_dim_multiple)
+        smaller = self.head_dim - step
+        return (self.head_dim + step, *([smaller] if smaller >= max(step, self.supports.min_head_dim) else []))
 
     def case(self, **changes: Any) -> Case:
         """Return a small case that asks for nothing in particular, with *changes*."""
         return Case(**{"head_dim": self.head_dim, **changes})
+
+
+def _rounded_up(number: int, step: int) -> int:
+    return -(-number // step) * step

@@ -161,7 +161,7 @@ _ADDED: Final[dict[str, dict[str, Any]]] = {
 }
 """Features that a function reads from a keyword of its own, and how a case asks for each."""
 
-_SHAPED: Final[dict[str, dict[str, Any]]] = {"value_head_dim": {"value_head_dim": 24}, "grouped_query": {"kv_heads": 2}}
+_SHAPED: Final = ("value_head_dim", "grouped_query")
 """Features of the inputs' shapes, which many a function has by chance."""
 
 
@@ -171,7 +171,8 @@ def _declaration(subject: Subject, case: Case) -> Finding:
     if hidden:
         names = ", ".join(f"{name}=True" for name in hidden)
         raise BrokenError(f"the function honours what it does not declare: Capabilities({names})")
-    chance = [name for name, changes in _SHAPED.items() if _works(subject, case, name, changes)]
+    shapes = ({"value_head_dim": subject.other_head_dims[0]}, {"kv_heads": 2})
+    chance = [name for name, changes in zip(_SHAPED, shapes, strict=True) if _works(subject, case, name, changes)]
     return Finding(note=f"could be declared: {', '.join(f'{name}=True' for name in chance)}" if chance else "")
 
 
@@ -198,7 +199,7 @@ def _works(subject: Subject, case: Case, feature: str, changes: dict[str, Any]) 
     return True
 
 
-_PLAIN: Final = ("devices", "dtypes", "max_head_dim", "head_dim_multiple", "is_causal", "lossy")
+_PLAIN: Final = ("devices", "dtypes", "min_head_dim", "max_head_dim", "head_dim_multiple", "is_causal", "lossy")
 
 
 def _packed(subject: Subject) -> Iterable[Case]:

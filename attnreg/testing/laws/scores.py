@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from attnreg.testing.subject import Subject
 
 _PATTERN: Final = st.sampled_from([patterns.EVERYTHING, patterns.CAUSAL])
-_HEAD_DIMS: Final = (8, 16, 32, 40, 64, 80, 96, 128, 256)
+_HEAD_DIMS: Final = (8, 16, 32, 40, 64, 72, 80, 96, 128, 192, 256)
 _LENGTHS: Final = (1, 2, 3, 17, 63, 64, 65, 127, 129, 577)
 
 
@@ -38,17 +38,18 @@ def _lengths(subject: Subject) -> Iterable[Case]:
 
 def _head_dims(subject: Subject) -> Iterable[Case]:
     supports = subject.supports
-    limits = {limit for limit in (supports.max_head_dim, supports.head_dim_multiple) if limit not in (None, 1)}
-    beyond = {limit + supports.head_dim_multiple for limit in limits} | {limit + 1 for limit in limits}
-    for head_dim in sorted({*_HEAD_DIMS, *limits, *beyond}):
-        yield subject.case(head_dim=head_dim)
+    step, smallest = supports.head_dim_multiple, supports.min_head_dim
+    limits = {limit for limit in (supports.max_head_dim, step) if limit not in (None, 1)}
+    beyond = {limit + step for limit in limits} | {limit + 1 for limit in limits}
+    below = {smallest, smallest - 1, smallest - step} if smallest > 1 else set()
+    for head_dim in sorted({*_HEAD_DIMS, subject.head_dim, *limits, *beyond, *below}):
+        if head_dim > 0:
+            yield subject.case(head_dim=head_dim)
 
 
 def _value_head_dims(subject: Subject) -> Iterable[Case]:
-    step = max(8, subject.supports.head_dim_multiple)
-    for value_head_dim in (subject.head_dim + step, max(step, subject.head_dim - step)):
-        if value_head_dim != subject.head_dim:
-            yield subject.case(value_head_dim=value_head_dim, pattern=patterns.CAUSAL)
+    for value_head_dim in subject.other_head_dims:
+        yield subject.case(value_head_dim=value_head_dim, pattern=patterns.CAUSAL)
 
 
 def _groups(subject: Subject) -> Iterable[Case]:
@@ -99,7 +100,7 @@ def _together(subject: Subject) -> Iterable[Case]:
             sinks=can.sinks,
             bias="per head" if can.position_bias else "",
             kv_heads=2 if can.grouped_query else 4,
-            value_head_dim=subject.head_dim + max(8, can.head_dim_multiple) if can.value_head_dim else 0,
+            value_head_dim=subject.other_head_dims[0] if can.value_head_dim else 0,
         )
 
 
