@@ -10,7 +10,7 @@ import pytest
 import torch
 from mutants import CORRECT, attend
 
-from attnreg import NO_MASK, Backend, Capabilities, UnsupportedError, testing
+from attnreg import NO_MASK, Backend, Capabilities, Reason, UnsupportedError, testing
 from attnreg.masks import sdpa_mask
 from attnreg.testing import LAWS, Card, Row, UnusableError, rendering, verify
 from attnreg.testing.case import Case
@@ -95,6 +95,46 @@ def test_what_is_declared_and_always_refused_fails() -> None:
     row = judged(always, "documents")
     assert row.verdict == "fails"
     assert row.detail.startswith("documents is declared, and always refused")
+
+
+def test_a_refusal_of_what_is_declared_fails() -> None:
+    """A function that refuses a keyword which it declares fails that law, though other cases are computed."""
+
+    def shy(*args, softcap=None, **kw):
+        if softcap == 0.5:
+            raise UnsupportedError("shy", [Reason("softcap", "a small cap", "a large one", "Wait.")])
+        return attend(*args, softcap=softcap, **kw)
+
+    row = judged(replace(CORRECT, attention=shy), "softcap")
+    assert row.verdict == "fails"
+    assert row.detail.startswith(
+        "it refused what it declares (softcap: wants a small cap; supported: a large one), with"
+    )
+
+
+def maskless(module, query, key, value, attention_mask=None, **kw):
+    """Attend without a mask, or refuse it."""
+    if attention_mask is not None:
+        raise UnsupportedError("maskless", [Reason("mask", "a tensor", "flags", "Choose another backend.")])
+    return attend(module, query, key, value, None, **kw)
+
+
+def test_a_function_of_flags_may_refuse_a_tensor() -> None:
+    """A mask that the flags could have said may be refused as a tensor; without a mask nothing may."""
+    flagged = replace(CORRECT.supports, structures={"causal", "bidirectional"})
+    card = verify(replace(CORRECT, attention=maskless, supports=flagged), device="cpu", dtypes=["float32"], quick=True)
+    verdicts = {row.law: row.verdict for row in card.rows}
+    assert card.failures == ()
+    assert {verdicts[law] for law in ("plain", "causal", "flags", "alignment", "lse", "packing")} == {"holds"}
+    assert judged(replace(CORRECT, attention=maskless), "plain").verdict == "fails"
+
+
+@pytest.mark.parametrize("limits", [{"min_head_dim": 64, "max_head_dim": 32}, {"devices": {"cuda"}}])
+def test_a_backend_that_can_do_nothing_fails(limits) -> None:
+    """Limits that no call keeps to make the plainest law fail."""
+    row = judged(replace(CORRECT, supports=Capabilities(**limits)), "plain")
+    assert row.verdict == "fails"
+    assert row.detail.startswith("even plain attention is refused in every case: ")
 
 
 def test_without_masks_there_is_nothing_to_ask_about_masks() -> None:

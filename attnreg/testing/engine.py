@@ -33,6 +33,8 @@ QUICK: Final = 6
 """The same, when it has to be quick."""
 DTYPES: Final = ("float32", "float16", "bfloat16")
 """In which a backend is examined, as far as it declares them."""
+PLAIN: Final = "plain"
+"""The law about what every backend computes; one that refuses all of it can do nothing."""
 
 
 class UnusableError(InvalidInputError):
@@ -226,12 +228,20 @@ def _concluded(law: Law, subject: Subject, tally: _Tally) -> Row:
     if tally.refused and not tally.computed and law.declared(subject):
         detail = f"{law.feature} is declared, and always refused: {tally.refused[0]}"
         return _row(law, subject, "fails", tally, detail, remedy=law.remedy)
+    if law.name == PLAIN and not tally.computed and not _undeclared_dtype(subject):
+        refusals = [*tally.refused, *tally.declared]
+        detail = f"even plain attention is refused in every case: {refusals[0]}"
+        return _row(law, subject, "fails", tally, detail, remedy=law.remedy)
     notes = list(dict.fromkeys(tally.notes))
     if tally.computed:
         refusals = [*tally.declared, *tally.refused]
         notes += [f"{len(refusals)} of {tally.cases} cases refused: {refusals[0]}"] if refusals else []
         return _row(law, subject, "holds", tally, "; ".join(notes), tally.largest)
     return _row(law, subject, "refused", tally, "; ".join([*tally.refused, *tally.declared][:1]))
+
+
+def _undeclared_dtype(subject: Subject) -> bool:
+    return bool(reasons(subject.supports, Request(dtype=_name(subject.dtype))))
 
 
 def _row(

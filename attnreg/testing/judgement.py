@@ -103,8 +103,8 @@ def attempt(subject: Subject, case: Case, inputs: Inputs | None = None, **keywor
     """Make the call, and check that it is refused exactly if the capabilities say so.
 
     Raises:
-        BrokenError: it was computed although it is not declared, was not refused before the function was entered, or
-            raised something else.
+        BrokenError: it was computed although it is not declared, was not refused before the function was entered, was
+            refused although nothing is asked for that is not declared, or raised something else.
         NotApplicableError: it needs a mask, and the backend formats none.
     """
     inputs = inputs_of(case, subject) if inputs is None else inputs
@@ -116,7 +116,10 @@ def attempt(subject: Subject, case: Case, inputs: Inputs | None = None, **keywor
     try:
         return _computed(subject.backend, subject, case, inputs, keywords)
     except UnsupportedError as error:
-        return Refused(declared=False, why=_first_reason(error))
+        if _may_refuse(subject, case, inputs):
+            return Refused(declared=False, why=_first_reason(error))
+        problem = f"it refused what it declares ({_first_reason(error)})"
+        raise BrokenError(problem, case) from error
     except InvalidMaskError as error:
         if case.pattern is None and not case.ready:  # its formatter never returns None, so it need not take it
             return Refused(declared=False, why=str(error))
@@ -298,6 +301,21 @@ def _computed(backend: Backend, subject: Subject, case: Case, inputs: Inputs, ke
     )
 
 
+def _may_refuse(subject: Subject, case: Case, inputs: Inputs) -> bool:
+    """Whether a refusal that the capabilities do not announce is one all the same.
+
+    A formatter may refuse structures that its record says nothing about, and a combination of several; a function that
+    does not declare every mask may refuse the tensor that a mask has become. Everything else is declared.
+    """
+    try:
+        mask = formatted(subject.backend, subject, case, inputs)
+    except UnsupportedError:
+        structures = request_of(case, inputs).structures - _PLAIN
+        return len(structures) > (0 if subject.supports.structures is None else 1)
+    declared = subject.supports.structures
+    return isinstance(mask, torch.Tensor) and declared is not None and "opaque" not in declared
+
+
 def _needs_mask(case: Case) -> bool:
     return bool(case.ready) or (case.pattern is not None and case.pattern.text not in _FLAGS)
 
@@ -315,5 +333,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else "without a text"
 
 
+_PLAIN: Final = frozenset({"bidirectional", "causal"})
+"""Structures that are no reason for a formatter to refuse."""
 _FLAGS: Final = frozenset({"bidirectional()", "causal()"})
 """Patterns that a function with `NO_MASK` is told by its flags."""

@@ -88,6 +88,7 @@ def judged_lse(subject: Subject, case: Case) -> Finding:
 
 def _weight_cases(subject: Subject) -> Iterable[Case]:
     yield subject.case(weights=True)
+    yield subject.case(weights=True, skip=True)
     yield subject.case(weights=True, pattern=patterns.CAUSAL, padding="left")
     if subject.supports.sinks:
         yield subject.case(weights=True, sinks=True)
