@@ -8,8 +8,9 @@ neighbours in parentheses are merged. Rearranging is a view wherever the tensor'
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from einops import EinopsError, rearrange
@@ -17,16 +18,15 @@ from einops import EinopsError, rearrange
 from attnreg.default import default_registry
 from attnreg.errors import ConfigurationError, InvalidInputError, InvalidMaskError, UnknownBackendError
 from attnreg.functional import attention, standing
+from attnreg.functional.checking import check_tensor
 from attnreg.naming import AUTO
 from attnreg.settings import DIFFSYNTH, DIFFSYNTH_NAMES, diffsynth_implementation
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 _AXES: Final = frozenset("bnsd")
 _GROUP: Final = re.compile(r"([a-z])(?![a-z])|\(([a-z ]+)\)")
 _RANK: Final = 4
 _PATTERN: Final = "b n s d"
+_WANTED: Final = "the axes b, n, s and d, each once and in any order, neighbours merged by parentheses: 'b s (n d)'"
 
 
 def attention_forward(
@@ -39,9 +39,9 @@ def attention_forward(
     out_pattern: str = _PATTERN,
     dims: Mapping[str, int] | None = None,
     attn_mask: Any = None,
-    scale: float | None = None,
+    scale: float | torch.Tensor | None = None,
     *,
-    is_causal: bool = False,
+    is_causal: bool | None = False,
     window_size: int | None = None,
     compatibility_mode: bool = False,
     impl: str | None = None,
@@ -60,7 +60,7 @@ def attention_forward(
         attn_mask: as torch's own attention takes it, two to four axes that broadcast to `(b, n, queries, keys)`: two
             axes are `(queries, keys)`, and no padding. Bool, True = attend, or floating, added to the scores. Or a mask
             function, or what the backend's formatter has returned.
-        scale: factor of the scores; `1 / sqrt(d)` by default.
+        scale: factor of the scores, a number or a tensor with one; `1 / sqrt(d)` by default.
         is_causal: hide the keys behind the query; the last query is at the last key's position.
         window_size: W ≥ 0 hides the keys more than W away on either side.
         compatibility_mode: run on `sdpa`, whatever else is chosen.
@@ -71,7 +71,7 @@ def attention_forward(
         The output with the axes of *out_pattern*, in query's dtype; `d` is value's.
 
     Raises:
-        InvalidInputError: a pattern that is none, or that a tensor does not fit.
+        InvalidInputError: a pattern that is none, or that a tensor does not fit; sizes that mean nothing.
         ConfigurationError: an environment variable names no backend.
         InvalidMaskError: a mask that does not fit; see `attnreg.attention` for this and what else it raises.
 
@@ -80,7 +80,7 @@ def attention_forward(
     sizes = _sizes_of_query(dims)
     query = _arranged("q", q, q_pattern, sizes)
     sizes = {"b": query.shape[0], "d": query.shape[3]}
-    if _entangled(k_pattern):
+    if _entangled(_axes(k_pattern)):
         wanted = "the two apart: of neither is the size known, as key may have fewer heads than query"
         raise InvalidInputError("k_pattern", f"{k_pattern!r}, which merges heads and length", wanted)
     key = _arranged("k", k, k_pattern, sizes)
@@ -104,6 +104,7 @@ def attention_forward(
 def _arranged(name: str, tensor: torch.Tensor, pattern: str, sizes: Mapping[str, int]) -> torch.Tensor:
     """View *tensor* as `b n s d`, or raise `InvalidInputError` if it does not fit its pattern and the known sizes."""
     axes = _axes(pattern)
+    check_tensor(name, tensor)
     if axes == _PATTERN and tensor.dim() == _RANK:
         if all(tensor.shape["bnsd".index(axis)] == size for axis, size in sizes.items()):
             return tensor
@@ -117,14 +118,24 @@ def _arranged(name: str, tensor: torch.Tensor, pattern: str, sizes: Mapping[str,
 
 
 def _sizes_of_query(dims: Mapping[str, int] | None) -> dict[str, int]:
-    if dims and not _AXES.issuperset(dims):
-        raise InvalidInputError("dims", f"for {', '.join(dims)}", "sizes of some of the axes b, n, s and d")
-    return dict(dims or {})
+    if dims is None:
+        return {}
+    wanted = "sizes of some of the axes b, n, s and d"
+    if not isinstance(dims, Mapping):
+        raise InvalidInputError("dims", f"a {type(dims).__name__}", wanted)
+    if not _AXES.issuperset(dims):
+        raise InvalidInputError("dims", f"for {', '.join(map(str, dims))}", wanted)
+    for axis, size in dims.items():
+        if isinstance(size, bool) or not isinstance(size, int | torch.SymInt) or size < 1:
+            raise InvalidInputError(f"dims[{axis!r}]", repr(size), "an integer, 1 or more")
+    return dict(dims)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _axes(pattern: str) -> str:
     """Return *pattern* with single blanks, or raise `InvalidInputError` if it is none."""
+    if not isinstance(pattern, str):
+        raise InvalidInputError("a pattern", repr(pattern), _WANTED)
     return _parsed(pattern)[0]
 
 
@@ -140,8 +151,7 @@ def _parsed(pattern: str) -> tuple[str, tuple[str, ...]]:
     groups = tuple(one or many for one, many in _GROUP.findall(pattern))
     letters = [letter for group in groups for letter in group.split()]
     if _GROUP.sub("", pattern).strip() or sorted(letters) != sorted(_AXES):
-        wanted = "the axes b, n, s and d, each once and in any order, neighbours merged by parentheses: 'b s (n d)'"
-        raise InvalidInputError("a pattern", repr(pattern), wanted)
+        raise InvalidInputError("a pattern", repr(pattern), _WANTED)
     spelled = (f"({' '.join(group.split())})" if len(group.split()) > 1 else group.strip() for group in groups)
     return " ".join(spelled), groups
 
@@ -169,7 +179,9 @@ def _named(impl: str | None, *, compatibility_mode: bool) -> str:
             wanted = "one of the two; compatibility_mode is sdpa"
             raise InvalidInputError("compatibility_mode", f"True beside impl={impl!r}", wanted)
         return "sdpa"
-    return impl or standing(None, otherwise="") or _of_diffsynth()
+    if impl is not None:
+        return impl
+    return standing(None, otherwise="") or _of_diffsynth()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -402,6 +402,54 @@ def test_errors(name, change, error, text) -> None:
     assert str(caught.value).startswith(text)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"q": [1.0]}, InvalidInputError, "q is a list; wanted: a tensor."),
+        ({"v": None}, InvalidInputError, "v is a NoneType; wanted: a tensor."),
+        ({"k": inputs()[1].half()}, InvalidInputError, "the dtype is torch.float32 of q, torch.float16 of k and torch.float32 of v; wanted: one for all three; cast them, or call it under torch.autocast."),
+        ({"v": inputs()[2].to("meta")}, InvalidInputError, "the device is cpu of q, cpu of k and meta of v; wanted: one for all three."),
+        ({"mask": REAL.to("meta")}, InvalidMaskError, "the mask is on meta; wanted: on cpu, where q is."),
+        ({"mask": bits(2, 1, 7, 7).to("meta")}, InvalidMaskError, "the mask is on meta; wanted: on cpu, where q is."),
+        ({"mask": masks.causal() & ~masks.padding(REAL.to("meta"))}, InvalidMaskError, "the tensor of masks.padding is on meta; wanted: on cpu, where q is."),
+        ({"mask": masks.prefix(torch.ones(2, dtype=torch.long, device="meta"))}, InvalidMaskError, "the tensor of masks.prefix is on meta; wanted: on cpu, where q is."),
+        ({"mask": masks.documents(torch.ones(2, 7, dtype=torch.long, device="meta"))}, InvalidMaskError, "the tensor of masks.documents is on meta; wanted: on cpu, where q is."),
+        ({"mask": masks.chunked(2, torch.ones(2, dtype=torch.long, device="meta"))}, InvalidMaskError, "the tensor of masks.chunked is on meta; wanted: on cpu, where q is."),
+        ({"mask": lambda q, kv: q >= kv}, InvalidMaskError, "a mask function is <lambda>(q, kv); wanted: a callable (batch_idx, head_idx, q_idx, kv_idx) -> bool tensor."),
+        ({"mask": masks.causal() & (lambda b, h, q, kv, more: q >= kv)}, InvalidMaskError, "a mask function is <lambda>(b, h, q, kv, more); wanted: a callable (batch_idx, head_idx, q_idx, kv_idx) -> bool tensor."),
+        ({"s_aux": torch.zeros(2, 2)}, InvalidInputError, "s_aux is of dtype torch.float32 and shape (2, 2); wanted: floating, (4,): one sink logit for each query head."),
+        ({"s_aux": torch.zeros(4, device="meta")}, InvalidInputError, "s_aux is on meta; wanted: on cpu, where q is."),
+        ({"s_aux": 1.0}, InvalidInputError, "s_aux is a float; wanted: a tensor."),
+        ({"position_bias": torch.zeros(1, 1, 7, 7, device="meta")}, InvalidInputError, "position_bias is on meta; wanted: on cpu, where q is."),
+        ({"scale": "big"}, InvalidInputError, "scale is 'big'; wanted: a number, or None for 1 / sqrt(head_dim)."),
+        ({"scale": float("nan")}, InvalidInputError, "scale is nan; wanted: a number, or None for 1 / sqrt(head_dim)."),
+        ({"scale": torch.ones(4)}, InvalidInputError, "scale is a tensor of shape (4,); wanted: a number, or a tensor with one."),
+        *(({"softcap": bad}, InvalidInputError, f"softcap is {bad!r}; wanted: a positive number, or None for no cap.") for bad in (-1.0, float("nan"), float("inf"), "5", True)),
+        *(({"dropout": bad}, InvalidInputError, f"dropout is {bad!r}; wanted: a probability, from 0 to 1.") for bad in ("", "0.1", None, float("nan"), -0.5)),
+        *(({"is_causal": bad}, InvalidInputError, f"is_causal is {bad!r}; wanted: True, False or None.") for bad in ("false", 1)),
+    ],
+    ids=lambda each: str(each)[:40] if isinstance(each, dict) else "",
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["eager", "auto"])
+def test_arguments_that_mean_nothing(name, change, error, text) -> None:
+    """What would be misread, or fail somewhere inside, is named before anything computes."""
+    query, key, value = inputs()
+    with pytest.raises(error) as caught:
+        attention(**{"q": query, "k": key, "v": value, "impl": name, **change})
+    assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_integers_are_no_input(name) -> None:
+    """A backend that is named refuses integers, under autocast as well, which casts floating tensors alone."""
+    for autocast in (False, True):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            pytest.raises(UnsupportedError, match="dtype: wants int64; supported: floating dtypes. Cast the inputs."),
+        ):
+            attention(*inputs(dtype=torch.int64), impl=name)
+
+
 def test_shapes_are_named_in_the_caller_s_layout() -> None:
     """Shapes that do not fit are reported as they were given."""
     query, key, value = inputs(heads=(4, 3))

@@ -191,6 +191,13 @@ WANTED = "wanted: the axes b, n, s and d, each once and in any order, neighbours
         ({"q_pattern": "b s (n d)", "dims": {"n": 4}}, InvalidInputError, "q is of shape (2, 4, 6, 8); wanted: q_pattern='b s (n d)' with n=4."),
         ({"dims": {"n": 3}}, InvalidInputError, "q is of shape (2, 4, 6, 8); wanted: q_pattern='b n s d' with n=3."),
         ({"dims": {"h": 3}}, InvalidInputError, "dims is for h; wanted: sizes of some of the axes b, n, s and d."),
+        *(({"dims": {"n": bad}}, InvalidInputError, f"dims['n'] is {bad!r}; wanted: an integer, 1 or more.") for bad in (0, -4, "4", True)),
+        ({"dims": ["n"]}, InvalidInputError, "dims is a list; wanted: sizes of some of the axes b, n, s and d."),
+        *(({each: None}, InvalidInputError, f"a pattern is None; {WANTED}") for each in ("q_pattern", "k_pattern", "out_pattern")),
+        ({"k": None}, InvalidInputError, "k is a NoneType; wanted: a tensor."),
+        ({"q": [1.0], "q_pattern": "b s n d"}, InvalidInputError, "q is a list; wanted: a tensor."),
+        ({"is_causal": "false"}, InvalidInputError, "is_causal is 'false'; wanted: True, False or None."),
+        ({"scale": "1"}, InvalidInputError, "scale is '1'; wanted: a number, or None for 1 / sqrt(head_dim)."),
         ({"k_pattern": "b s n"}, InvalidInputError, f"a pattern is 'b s n'; {WANTED}"),
         ({"k_pattern": "b s (n d)"}, InvalidInputError, "k is of shape (2, 2, 5, 8); wanted: k_pattern='b s (n d)' with b=2, d=8."),
         ({"k_pattern": "b (s n) d"}, InvalidInputError, "k_pattern is 'b (s n) d', which merges heads and length; wanted: the two apart: of neither is the size known, as key may have fewer heads than query."),
@@ -204,9 +211,20 @@ WANTED = "wanted: the axes b, n, s and d, each once and in any order, neighbours
 )  # fmt: skip
 def test_errors(change, error, text) -> None:
     """Each error says which tensor or word was given, and what would fit."""
+    q, k, v = inputs()
     with pytest.raises(error) as caught:
-        attention_forward(*inputs(), **change)
+        attention_forward(**{"q": q, "k": k, "v": v, **change})
     assert str(caught.value) == text
+
+
+def test_an_empty_name_is_none() -> None:
+    """An empty name is refused as `attention` refuses it, and not taken for no name."""
+    texts = []
+    for call in (attention_forward, attnreg.attention):
+        with pytest.raises(attnreg.AttnregError) as caught:
+            call(*inputs(), impl="")
+        texts.append(str(caught.value))
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("name", [*BACKENDS, None])

@@ -6,18 +6,31 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, overload
 
 import torch
 
-from attnreg.errors import InvalidBackendError, InvalidInputError, NoBackendError, UnsupportedError
+from attnreg.capabilities import Request, reasons
+from attnreg.errors import InvalidBackendError, NoBackendError, UnsupportedError
+from attnreg.functional.checking import (
+    cap,
+    causality,
+    check_alike,
+    check_bias,
+    check_mask,
+    check_sinks,
+    check_tensor,
+    extent_of,
+    heads_first,
+    probability,
+    scaling,
+)
 from attnreg.functional.choice import Needs, backend_of, candidates, refusals, standing
 from attnreg.functional.masking import Asked, Formatted, formatted
-from attnreg.masks.extent import Extent
 from attnreg.masks.predicates import sliding_window
 from attnreg.naming import AUTO
 
 if TYPE_CHECKING:
     from attnreg.backend import Backend
+    from attnreg.masks.extent import Extent
 
 Layout: TypeAlias = Literal["bhsd", "bshd"]
-_RANK: Final = 4
 _FEATURES: Final = {
     "softcap": "softcap",
     "s_aux": "sinks",
@@ -36,7 +49,7 @@ def attention(
     mask: Any = None,
     *,
     impl: str | None = None,
-    scale: float | None = None,
+    scale: float | torch.Tensor | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -56,7 +69,7 @@ def attention(
     mask: Any = None,
     *,
     impl: str | None = None,
-    scale: float | None = None,
+    scale: float | torch.Tensor | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -75,7 +88,7 @@ def attention(
     mask: Any = None,
     *,
     impl: str | None = None,
-    scale: float | None = None,
+    scale: float | torch.Tensor | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -100,7 +113,7 @@ def attention(
         impl: a backend's name or `"auto"`; None is `attnreg.use(...)`, else `ATTNREG_IMPLEMENTATION`, else `auto`. A
             name never falls back to another backend. In a compiled graph, what None and `auto` stand for is decided
             once, when it is traced.
-        scale: factor of the scores; `1 / sqrt(head_dim)` by default.
+        scale: factor of the scores, of any sign, a number or a tensor with one; `1 / sqrt(head_dim)` by default.
         is_causal: hide the keys behind the query.
         sliding_window: W keys with causality, the query's own included; without it, those less than W away.
         softcap: c > 0; scores become `c * tanh(score / c)`, before the mask.
@@ -115,28 +128,35 @@ def attention(
         With *return_lse*, a pair: the output, and float32 `(batch, query_heads, query_length)`.
 
     Raises:
-        InvalidInputError: shapes, a layout, a window, a cap or a probability that means nothing.
-        InvalidMaskError: … which are the mask's.
+        InvalidInputError: shapes, dtypes, a layout, a window, a cap, a scale or a probability that means nothing, or
+            tensors on several devices.
+        InvalidMaskError: … which are the mask's, or a mask function that does not take four indices.
         UnsupportedError: the backend named cannot do it; `NoBackendError` if none can. Both hold the reasons.
         UnknownBackendError: nobody provides the name; see `attnreg.get` for what else looking it up raises.
     """
+    check_tensor("q", q)
+    check_tensor("k", k)
+    check_tensor("v", v)
     if layout != "bhsd":
-        q, k, v = _heads_first(q, k, v, layout)
-    extent = _extent(q, k, v, layout)
+        q, k, v = heads_first(q, k, v, layout)
+    extent = extent_of(q, k, v, layout)
     options: dict[str, Any] = {}
     if scale is not None:
-        options["scaling"] = scale
+        options["scaling"] = scaling(scale)
     if softcap is not None:
-        options["softcap"] = softcap
+        options["softcap"] = cap(softcap)
     if s_aux is not None:
+        check_sinks(s_aux, q)
         options["s_aux"] = s_aux
     if position_bias is not None:
+        check_bias(position_bias, q)
         options["position_bias"] = position_bias
-    if dropout:
-        options["dropout"] = _probability(dropout)
+    if (dropped := probability(dropout)) != 0:
+        options["dropout"] = dropped
     if return_lse:
         options["return_lse"] = True
-    output, lse = attend(standing(impl), q, k, v, Asked(mask, bool(is_causal), sliding_window), extent, options)
+    asked = Asked(mask, causality(is_causal), sliding_window)
+    output, lse = attend(standing(impl), q, k, v, asked, extent, options)
     if layout == "bhsd":
         output = output.transpose(1, 2)
     return (output, lse) if return_lse and lse is not None else output
@@ -172,8 +192,14 @@ def attend(
     if device != "meta" and torch.is_autocast_enabled(device):  # which torch does not ask of meta
         dtype = query.dtype
         query, key, value = _autocast(device, query, key, value)
+    check_alike(query, key, value)
+    if asked.mask is not None:
+        check_mask(asked.mask, query.device)
     if name != AUTO:
         backend = backend_of(name)
+        if not query.is_floating_point():
+            request = Request(device=device, dtype=str(query.dtype))
+            raise UnsupportedError(name, reasons(backend.supports.at(device), request))
         ready = formatted(backend, asked, extent, query)
     else:
         backend, ready = _automatic(query, key, value, asked, extent, options)
@@ -213,55 +239,8 @@ def _automatic(
     raise NoBackendError({**refused, **refusals(needs)})
 
 
-def _heads_first(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if layout != "bshd":
-        wanted = "'bhsd' or 'bshd'; attnreg.attention_forward takes any other order, and merged heads"
-        raise InvalidInputError("the layout", repr(layout), wanted)
-    if not q.dim() == k.dim() == v.dim() == _RANK:
-        raise _wrong_shapes(q, k, v, layout)
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-
-def _extent(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> Extent:
-    """Measure the call, or raise `InvalidInputError` if the shapes do not fit together."""
-    if q.dim() == k.dim() == v.dim() == _RANK:
-        batch, heads, q_length, head_dim = q.shape
-        key_batch, kv_heads, kv_length, key_dim = k.shape
-        value_batch, value_heads, value_length, _ = v.shape
-        if (
-            batch == key_batch == value_batch
-            and kv_heads == value_heads
-            and kv_length == value_length
-            and head_dim == key_dim
-            and kv_heads
-            and heads % kv_heads == 0
-        ):
-            return Extent(batch, q_length, kv_length, kv_length - q_length, 0, q.device)
-    if layout == "bshd" and q.dim() == _RANK:
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    raise _wrong_shapes(q, k, v, layout)
-
-
-def _wrong_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str) -> InvalidInputError:
-    """Say what is wanted in the caller's layout."""
-    axes = "(B, {heads}, {length}, {dim})" if layout == "bhsd" else "(B, {length}, {heads}, {dim})"
-    wanted = ", ".join(
-        f"{name} {axes.format(heads=heads, length=length, dim=dim)}"
-        for name, heads, length, dim in (("q", "Hq", "Sq", "D"), ("k", "Hkv", "Sk", "D"), ("v", "Hkv", "Sk", "Dv"))
-    )
-    got = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    return InvalidInputError("the input", got, f"{wanted} for layout={layout!r}, Hq a multiple of Hkv")
-
-
-def _probability(dropout: float) -> float:
-    if not 0 <= dropout <= 1:
-        raise InvalidInputError("dropout", repr(dropout), "a probability, from 0 to 1")
-    return dropout
-
-
 def _autocast(device: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Cast as torch's autocast casts the inputs of its own attention, so that every backend is handed the same."""
     dtype = torch.get_autocast_dtype(device)
-    return tuple(each if each.dtype in (dtype, torch.float64) else each.to(dtype) for each in tensors)
+    fixed = (dtype, torch.float64)
+    return tuple(each.to(dtype) if each.is_floating_point() and each.dtype not in fixed else each for each in tensors)

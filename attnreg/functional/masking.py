@@ -13,8 +13,9 @@ import torch
 from attnreg.backend import NO_MASK, Backend
 from attnreg.capabilities import Reason, Request, reasons
 from attnreg.errors import InvalidInputError, InvalidMaskError, UnsupportedError, UnsupportedMaskError
+from attnreg.functional.checking import check_function
 from attnreg.functional.tables import from_first_key, table
-from attnreg.masks.algebra import Predicate, and_masks, as_predicate
+from attnreg.masks.algebra import Opaque, Predicate, and_masks, as_predicate
 from attnreg.masks.dense import dense
 from attnreg.masks.predicates import Bidirectional, Causal, bidirectional, causal, sliding_window
 from attnreg.masks.ready import check_ready
@@ -89,6 +90,9 @@ def formatted(backend: Backend, asked: Asked, extent: Extent, query: torch.Tenso
             return _by_function(backend, asked._replace(mask=None), mask, extent, query)
         return _by_tensor(backend, asked, extent, query)
     if callable(mask) and type(mask).__name__ not in _takes(backend):
+        function: Any = mask
+        if isinstance(as_predicate(function), Opaque):
+            check_function(function)
         return _by_function(backend, asked, None, extent, query)
     return _ready(backend, asked, extent, query)
 

@@ -39,7 +39,7 @@ class CrossAttention(Layer):
         out: projection of the merged heads to *embed_dim*; None without *output_projection*.
 
     Raises:
-        InvalidInputError: sizes that do not go together.
+        InvalidInputError: sizes that do not go together, or an option that means nothing.
         UnknownBackendError: nobody provides the name; see `attnreg.get` for what else looking it up raises.
         UnsupportedError: the backend cannot have such heads.
     """

@@ -9,6 +9,8 @@ import torch
 from attnreg.capabilities import Request
 from attnreg.errors import InvalidInputError
 from attnreg.functional import Asked, attend, standing
+from attnreg.functional.checking import cap, causality, probability, scaling
+from attnreg.masks.predicates import sliding_window as window
 from attnreg.naming import AUTO
 from attnreg.selection import resolve
 
@@ -39,10 +41,13 @@ class Layer(torch.nn.Module):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_dim = embed_dim // max(num_heads, 1) if head_dim is None else head_dim
         self._check(divided=head_dim is None)
-        if not 0 <= dropout <= 1:
-            raise InvalidInputError("dropout", repr(dropout), "a probability, from 0 to 1")
-        self.dropout, self.scale, self.softcap = dropout, scale, softcap
-        self.is_causal, self.sliding_window = is_causal, sliding_window
+        self.dropout = probability(dropout)
+        self.scale = None if scale is None else scaling(scale)
+        self.softcap = None if softcap is None else cap(softcap)
+        self.is_causal = causality(is_causal)
+        if sliding_window is not None:
+            window(sliding_window)  # which says what it thinks of 0
+        self.sliding_window = sliding_window
         self.layer_idx = layer_idx
         self.attn_implementation = attn_implementation
 

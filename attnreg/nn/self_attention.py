@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from attnreg.functional import Asked
+from attnreg.functional.checking import causality
 from attnreg.masks.extent import Extent
 from attnreg.nn.caches import extended, within_filled
 from attnreg.nn.layer import Layer, check_input
@@ -37,7 +38,7 @@ class SelfAttention(Layer):
         out: projection of the merged heads to *embed_dim*.
 
     Raises:
-        InvalidInputError: sizes that do not go together.
+        InvalidInputError: sizes that do not go together, or an option that means nothing.
         UnknownBackendError: nobody provides the name; see `attnreg.get` for what else looking it up raises.
         UnsupportedError: the backend cannot have such heads.
     """
@@ -108,6 +109,7 @@ class SelfAttention(Layer):
 
     def _asked(self, mask: Any, is_causal: bool | None) -> Asked:  # noqa: FBT001 - as `forward` has it
         """Put the layer's causality and window on top of the mask, unless it is a formatted one: that is complete."""
+        flag = causality(self.is_causal if is_causal is None else is_causal)
         if mask is not None and not isinstance(mask, torch.Tensor) and not callable(mask):
-            return Asked(mask, bool(is_causal), None)
-        return Asked(mask, self.is_causal if is_causal is None else is_causal, self.sliding_window)
+            return Asked(mask, is_causal is not None and flag, None)
+        return Asked(mask, flag, self.sliding_window)
