@@ -24,12 +24,13 @@ def rows(backend: Backend, *laws: str, dtype: str = "float32") -> dict[str, Row]
     return {row.law: row for row in card.rows}
 
 
-def judged(backend: Backend, law: str) -> Row:
+def judged(backend: Backend, law: str, dtype: str = "float32") -> Row:
     """Judge one law alone, whatever it rests on."""
     from attnreg.testing.engine import judge
     from attnreg.testing.subject import Subject
 
-    return judge(LAWS[law], Subject(backend=backend, device=torch.device("cpu"), dtype=torch.float32, quick=True))
+    dtype = getattr(torch, dtype)
+    return judge(LAWS[law], Subject(backend=backend, device=torch.device("cpu"), dtype=dtype, quick=True))
 
 
 def test_all_is_true() -> None:
@@ -176,6 +177,21 @@ def test_the_smallest_head_dimension_is_kept_to() -> None:
     found = rows(replace(CORRECT, supports=limited), "plain", "head_dims", "value_head_dim", "together", "declaration")
     assert {row.verdict for row in found.values()} == {"holds"}
     assert "head_dim: wants 8; supported: 40 or more" in found["head_dims"].detail
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("halved", [False, True])
+def test_rounding_is_no_overflow(dtype, halved) -> None:
+    """Large scores are exact, so whoever rounds them is right, wherever the factor is multiplied in."""
+
+    def attention(module, query, key, value, *rest, scaling=None, **kw):
+        root = (query.shape[-1] ** -0.5 if scaling is None else scaling) ** 0.5
+        return attend(module, query * root, key * root, value, *rest, scaling=1.0, **kw)
+
+    backend = replace(CORRECT, attention=attention) if halved else CORRECT
+    row = judged(backend, "large_scores", dtype)
+    assert row.verdict == "holds"
+    assert row.cases > 1
 
 
 def test_devices_and_dtypes() -> None:

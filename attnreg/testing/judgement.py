@@ -142,9 +142,9 @@ def computed(subject: Subject, case: Case, inputs: Inputs | None = None, **keywo
     return result
 
 
-def agrees(subject: Subject, case: Case) -> Finding:
+def agrees(subject: Subject, case: Case, inputs: Inputs | None = None) -> Finding:
     """Compare the output with the oracle's, in all rows that have a key; or find it refused as declared."""
-    result = attempt(subject, case)
+    result = attempt(subject, case, inputs)
     if isinstance(result, Refused):
         return Finding(refused=result)
     found = compare(subject, case, result)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+import torch
 from hypothesis import strategies as st
 
 from attnreg.testing import patterns
+from attnreg.testing.inputs import inputs_of
 from attnreg.testing.judgement import Finding, agrees, compare, computed
 from attnreg.testing.law import MASKED, Law, drawn
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 _PATTERN: Final = st.sampled_from([patterns.EVERYTHING, patterns.CAUSAL])
 _HEAD_DIMS: Final = (8, 16, 32, 40, 64, 72, 80, 96, 128, 192, 256)
+_LARGE: Final = 16.0
+"""A factor with which scores reach 256 and more, and float32's exponentials end at 89."""
 _LENGTHS: Final = (1, 2, 3, 17, 63, 64, 65, 127, 129, 577)
 
 
@@ -113,8 +117,19 @@ def _no_meaning(subject: Subject, case: Case) -> Finding:
 
 
 def _extreme(subject: Subject, case: Case) -> Finding:
-    """Scores so large that their exponentials overflow, unless the largest is subtracted first."""
-    return agrees(subject, replace(case, scaling=30.0))
+    """Scores so large that their exponentials overflow, unless the largest is subtracted first.
+
+    At that size the rounding of a score alone, which is relative, would change the weights. So query and key are made
+    of 1 and -1, and the factor is a power of 4: every score is exact in every dtype, by whichever half of the factor
+    query and key are multiplied first. Each query is the key at its own position, and keys come in equal pairs: of
+    two, the weights are halves, and of all others nothing is left.
+    """
+    case = replace(case, scaling=_LARGE)
+    inputs = inputs_of(case, subject)
+    signs = torch.where(inputs.key < 0, -1.0, 1.0).to(inputs.key)
+    key = signs[:, :, torch.arange(case.kv_length, device=subject.device) // 2]
+    query = key[:, :, case.kv_length - case.q_length :].repeat_interleave(case.heads // case.kv_heads, dim=1)
+    return agrees(subject, case, inputs._replace(query=query, key=key))
 
 
 LAWS: Final = (
