@@ -94,7 +94,7 @@ def resolve(
         NoBackendError: `auto`, and no backend can; holds every candidate's reasons.
     """
     if name is None:
-        name = _from_scope(registry) or _from_environment(registry) or AUTO
+        name = standing(registry) or AUTO
     request = request or Request()
     if name != AUTO:
         backend = registry.get(name)
@@ -108,6 +108,15 @@ def resolve(
             reasons_by_name.setdefault(each.name, []).extend(each.reasons)
         raise NoBackendError(reasons_by_name)
     return registry.get(explanation.winner)
+
+
+def standing(registry: Registry = default_registry) -> str | None:
+    """Return the name that `use` or `ATTNREG_IMPLEMENTATION` asks for, None for neither.
+
+    Raises:
+        ConfigurationError: the environment names what is no backend.
+    """
+    return _from_scope(registry) or _from_environment(registry)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import attnreg
 from attnreg import (
     AttentionInterface,
     Capabilities,
+    ConfigurationError,
     InvalidBackendError,
     InvalidInputError,
     InvalidMaskError,
@@ -23,6 +24,7 @@ from attnreg import (
     masks,
     reference,
 )
+from attnreg.selection import standing
 
 BACKENDS = ["eager", "sdpa", "sdpa_math", "sdpa_flash", "flex_attention"]
 CHOICES = [*BACKENDS, "auto"]
@@ -317,6 +319,18 @@ def test_the_default_name(monkeypatch) -> None:
         assert attention(*full).equal(expected)
     monkeypatch.setenv("ATTNREG_IMPLEMENTATION", "auto")
     assert attention(*full).equal(expected)
+
+
+def test_the_standing_name(monkeypatch) -> None:
+    """What `use` or the environment asks for is told by itself: the innermost block first, and None for neither."""
+    assert standing() is None
+    monkeypatch.setenv("ATTNREG_IMPLEMENTATION", "eager")
+    assert standing() == "eager"
+    with attnreg.use("sdpa"), attnreg.use("auto"):
+        assert standing() == "auto"
+    monkeypatch.setenv("ATTNREG_IMPLEMENTATION", "spda")
+    with pytest.raises(ConfigurationError, match="spda"):
+        standing()
 
 
 def test_auto_goes_on_to_the_next(spy) -> None:

@@ -15,7 +15,8 @@ from attnreg.capabilities import Request
 from attnreg.default import default_registry
 from attnreg.errors import NoBackendError
 from attnreg.naming import AUTO
-from attnreg.selection import Explanation, _from_environment, _from_scope, explain
+from attnreg.selection import Explanation, explain
+from attnreg.selection import standing as asked_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -115,7 +116,7 @@ def _judged(needs: Needs, generation: int) -> tuple[tuple[str, ...], dict[str, l
 
 
 def _default() -> str:
-    return _from_scope(default_registry) or _from_environment(default_registry) or ""
+    return asked_for() or ""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
