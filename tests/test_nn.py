@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 import attnreg
-from attnreg import AttentionInterface, Capabilities, InvalidInputError, UnknownBackendError, UnsupportedError, masks
+from attnreg import (
+    AttentionInterface,
+    Capabilities,
+    InvalidInputError,
+    InvalidMaskError,
+    UnknownBackendError,
+    UnsupportedError,
+    masks,
+)
 from attnreg.nn import CrossAttention, SelfAttention
 
 transformers = pytest.importorskip("transformers")
@@ -204,6 +212,53 @@ def test_empty_slots_are_hidden_without_causality(name, mask) -> None:
     layer(x[:, :3], past_key_values=kept)
     expected = layer(x, None if mask == "none" else REAL)[:, 3:]
     same(layer(x[:, 3:], made, past_key_values=kept), expected)
+
+
+IDS = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 2]])
+TABLES = {
+    "padding": lambda end: masks.padding(REAL[:, :end]),
+    "documents": lambda end: masks.documents(IDS[:, :end]),
+    "combined": lambda end: masks.documents(IDS[:, :end]) & (masks.padding(REAL[:, :end]) | ~masks.blocks(IDS[:, :end])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("table", list(TABLES))
+@pytest.mark.parametrize("cache", list(CACHES))
+@pytest.mark.parametrize("name", CHOICES)
+def test_tables_as_wide_as_the_tokens(name, cache, table, is_causal) -> None:
+    """Mask functions that know the tokens so far serve any cache, as padding does; empty slots stay hidden."""
+    layer = SelfAttention(32, 4, num_kv_heads=2, is_causal=is_causal, layer_idx=0, attn_implementation=name)
+    x, kept, make = torch.randn(2, 5, 32), CACHES[cache](), TABLES[table]
+    outputs = [layer(x[:, a:b], make(b), past_key_values=kept) for a, b in ((0, 3), (3, 5))]
+    expected = [layer(x[:, :b], make(b))[:, a:] for a, b in ((0, 3), (3, 5))]
+    same(torch.cat(outputs, dim=1), torch.cat(expected, dim=1))
+
+
+def test_tables_of_the_new_tokens_alone() -> None:
+    """A table that lacks tokens is refused where the cache says how many there are."""
+
+    class Counting(Growing):
+        """A cache of nine slots that counts in plain integers."""
+
+        def get_query_offset(self, layer_idx):
+            """Say that three tokens came before."""
+            return 3
+
+        def get_mask_sizes(self, q_length, layer_idx):
+            """Announce all slots."""
+            return 9, 0
+
+        def update(self, key, value, layer_idx):
+            """Fill what is empty with zeros."""
+            return tuple(torch.nn.functional.pad(each, (0, 0, 3, 4)) for each in (key, value))
+
+    layer, x = SelfAttention(32, 4, layer_idx=0), torch.randn(2, 2, 32)
+    for mask in (masks.padding(REAL[:, :2]), masks.documents(IDS[:, :2])):
+        with pytest.raises(InvalidMaskError, match=r"is of shape \(2, 2\); wanted: \(2, 9\): .* every position"):
+            layer(x, mask, past_key_values=Counting())
+    for mask in (masks.padding(REAL), masks.documents(IDS)):
+        assert layer(x, mask, past_key_values=Counting()).isfinite().all()
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "encoder-decoder"])

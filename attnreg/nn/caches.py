@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnreg.errors import InvalidInputError
-from attnreg.masks.algebra import and_masks
+from attnreg.masks.algebra import And, Not, Or, Predicate, and_masks
 from attnreg.masks.extent import Extent
 from attnreg.masks.padded import absolute_keys
-from attnreg.masks.predicates import Padding, prefix
+from attnreg.masks.predicates import Blocks, Documents, Padding, prefix
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,10 +91,18 @@ def _check_filled(kept: int, encoded: torch.Tensor, *, plain: bool) -> None:
 
 
 def within_filled(asked: Asked, extent: Extent) -> Asked:
-    """Hide the slots that a cache of fixed size has not filled yet, where causality does not."""
-    if asked.is_causal or extent.aligned:
+    """Hide the slots that a cache of fixed size has not filled yet, where causality does not.
+
+    Mask functions whose tensors are as wide as the tokens so far are widened to these slots, as padding is.
+    """
+    if extent.aligned:
         return asked
     mask: Any = asked.mask
+    if isinstance(mask, Predicate):
+        mask = _widened(mask, extent)
+        asked = asked._replace(mask=mask)
+    if asked.is_causal:
+        return asked
     q_end = extent.q_offset + extent.q_length
     if isinstance(mask, torch.Tensor):
         if mask.dim() != _PADDING:  # it says which slots are visible
@@ -105,6 +113,32 @@ def within_filled(asked: Asked, extent: Extent) -> Asked:
     filled = prefix(q_end.expand(extent.batch_size) if isinstance(q_end, torch.Tensor) else q_end)
     terms: list[Any] = [filled] if mask is None else [mask, filled]
     return asked._replace(mask=and_masks(*terms))
+
+
+def _widened(predicate: Predicate, extent: Extent) -> Predicate:
+    """Lengthen tables of tokens to the slots of a cache; what they say there is hidden anyway."""
+    match predicate:
+        case And() | Or():
+            return type(predicate)(tuple(_widened(term, extent) for term in predicate.terms))
+        case Not():
+            return Not(_widened(predicate.term, extent))
+        case Padding():
+            return Padding(_to_all_slots(predicate.real, extent))
+        case Documents() | Blocks():
+            return type(predicate)(_to_all_slots(predicate.ids, extent))
+        case _:
+            return predicate
+
+
+def _to_all_slots(table: torch.Tensor, extent: Extent) -> torch.Tensor:
+    """Repeat the last column, so that ids in order stay so; a table that lacks tokens stays as it is, and is refused.
+
+    Where the cache keeps its length on the device, it is not read, and what lacks tokens cannot be told.
+    """
+    width, q_end = table.shape[1], extent.q_end
+    if not 0 < width < extent.kv_end or (q_end is not None and width < q_end):
+        return table
+    return torch.cat([table, table[:, -1:].expand(-1, extent.kv_end - width)], dim=1)
 
 
 def _holds(store: Any, layer_idx: int) -> bool:
