@@ -143,7 +143,8 @@ def _beside_raw(case: Case, name: str, device: str) -> Figure | None:
         "raw": raw,
         "attnreg": lambda: backend.call(layer, inputs.query, inputs.key, inputs.value, mask)[0],
     }
-    torch.testing.assert_close(calls["raw"](), calls["attnreg"](), rtol=0, atol=5e-2)
+    rows = ... if inputs.real is None else inputs.real[:, -case.q_length :]  # kernels disagree about padding
+    torch.testing.assert_close(calls["raw"]()[rows], calls["attnreg"]()[rows], rtol=0, atol=5e-2)
     times = _interleaved(calls, device)
     ratios = [ours / theirs for ours, theirs in zip(times["attnreg"], times["raw"], strict=True)]
     long_enough = device == "cuda" and median(times["raw"]) >= SHORTEST
@@ -238,7 +239,7 @@ def _raw(name: str, case: Case, inputs: Inputs, mask: Any) -> Callable[[], torch
 
 
 def _raw_varlen(case: Case, inputs: Inputs, mask: Any) -> Callable[[], torch.Tensor]:
-    """Call torch's function on tensors that are unpadded already; the output is padded again, as a model needs it."""
+    """Call torch's function, with the unpadding of queries, keys and values that a model needs, and padding back."""
     import inspect
 
     from torch.nn.attention.varlen import varlen_attn
@@ -252,11 +253,16 @@ def _raw_varlen(case: Case, inputs: Inputs, mask: Any) -> Callable[[], torch.Ten
         sizes = rows * case.q_length, rows * case.kv_length, case.q_length, case.kv_length
         window = (-1, 0) if case.is_causal else (-1, -1)
         return lambda: kernel(*tensors, *sizes, window_size=window, **shared).unflatten(0, (case.batch, -1))
-    tensors = [mask.unpad_queries(inputs.query.transpose(1, 2))]
-    tensors += [mask.unpad_keys(each.transpose(1, 2)) for each in (inputs.key, inputs.value)]
     sizes = mask.cu_seqlens_q, mask.cu_seqlens_k, mask.max_seqlen_q, mask.max_seqlen_k
     window = (-1, 0) if mask.is_causal else (-1, -1)
-    return lambda: mask.pad_output(kernel(*tensors, *sizes, window_size=window, **shared))
+
+    def padded() -> torch.Tensor:
+        tensors = [mask.unpad_queries(inputs.query.transpose(1, 2))]
+        tensors += [mask.unpad_keys(each.transpose(1, 2)) for each in (inputs.key, inputs.value)]
+        output: torch.Tensor = mask.pad_output(kernel(*tensors, *sizes, window_size=window, **shared))
+        return output
+
+    return padded
 
 
 def _interleaved(calls: dict[str, Callable[[], Any]], device: str) -> dict[str, list[float]]:

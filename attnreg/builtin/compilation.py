@@ -38,8 +38,9 @@ class RecompilationWarning(UserWarning):
 def compiled(structure: Hashable, /, *tensors: torch.Tensor, **keywords: Any) -> Any:
     """Call flex attention as it was compiled for *structure*, compiling it if it was not.
 
-    Lengths may change from call to call. Those that are whole blocks are told apart: a kernel that need not look where
-    a block ends is a tenth faster.
+    The first lengths get a kernel made for them, and as soon as others come, one for all lengths, which is a tenth
+    slower and more (and without which single queries would miss their own kernel). Lengths that are whole blocks are
+    told apart: a kernel that need not look where a block ends is faster, too.
 
     Args:
         structure: what the mask function and the score function are like, but for the contents of their tensors.
@@ -89,7 +90,7 @@ def _new(*, whole_blocks: bool) -> Callable[..., Any]:
 
     # A copy of the code is another piece of code to torch.compile, with eight variants of its own.
     call.__code__ = call.__code__.replace(co_name="attnreg_flex_attention")
-    return torch.compile(call, dynamic=True, fullgraph=True)
+    return torch.compile(call, fullgraph=True)
 
 
 def signature(function: Any) -> Hashable:

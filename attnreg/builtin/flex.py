@@ -1,4 +1,4 @@
-"""`flex_attention`: `torch.nn.attention.flex_attention`, compiled on CUDA, once for each structure.
+"""`flex_attention`: `torch.nn.attention.flex_attention`, compiled on CUDA, for each structure and not for each length.
 
 A block mask says who sees whom. Caps and biases change single scores, so they are a score function. Sinks follow from
 the log-sum-exp.
@@ -34,7 +34,7 @@ from attnreg.builtin.inputs import (
 from attnreg.builtin.sinks import damped
 from attnreg.errors import InvalidMaskError
 from attnreg.masks import bidirectional, causal, flex_attention_mask, sliding_window
-from attnreg.masks.extent import tracing
+from attnreg.masks.extent import readable, tracing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,7 +95,7 @@ def flex_attention_forward(
         )
     else:
         _check_mask(attention_mask, sizes)
-    score_mod = _score_mod(sizes, softcap, position_bias, query.device)
+    score_mod = _score_mod(sizes, softcap, position_bias, query)
     wants_lse = return_lse or s_aux is not None
     output, lse = _attended(query, key, value, attention_mask, score_mod, scaling, lse=wants_lse)
     if s_aux is not None:
@@ -183,24 +183,28 @@ def _check_mask(mask: Any, sizes: Sizes) -> None:
 
 
 def _score_mod(
-    sizes: Sizes, softcap: float | None, position_bias: torch.Tensor | None, device: torch.device
+    sizes: Sizes, softcap: float | None, position_bias: torch.Tensor | None, query: torch.Tensor
 ) -> Callable[..., torch.Tensor] | None:
     if position_bias is not None:
-        check_bias(position_bias, sizes, device)
+        check_bias(position_bias, sizes, query.device)
     softcap = check_cap(softcap)
     if softcap is None and position_bias is None:
         return None
-    cap = None if softcap is None else _as_tensor(softcap, device)
+    cap = None if softcap is None else _as_tensor(softcap, query)
     return functools.partial(_scored, cap, position_bias)
 
 
-def _as_tensor(number: float, device: torch.device) -> torch.Tensor:
+def _as_tensor(number: float, query: torch.Tensor) -> torch.Tensor:
     """Return *number* as a tensor: of a Python number, torch.compile may make a symbol, which no kernel takes."""
-    return torch.full((), number, device=device) if tracing() else _kept(number, device)
+    if not readable(query):
+        return torch.full((), number, device=query.device)
+    # Another stream would have to wait for the one that makes it.
+    stream = 0 if query.is_cpu else torch.accelerator.current_stream(query.device).stream_id
+    return _kept(number, query.device, stream)
 
 
 @functools.lru_cache(maxsize=64)
-def _kept(number: float, device: torch.device) -> torch.Tensor:
+def _kept(number: float, device: torch.device, stream: int) -> torch.Tensor:  # noqa: ARG001
     with torch.inference_mode(mode=False):  # else it could not be used in training later on
         return torch.full((), number, device=device)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from attnreg.builtin.remembrance import remembered
 from attnreg.capabilities import Reason
 from attnreg.errors import InvalidInputError, InvalidMaskError, UnsupportedError
 from attnreg.masks.extent import batched
@@ -188,8 +189,12 @@ def as_bias(mask: torch.Tensor | None, dtype: torch.dtype, kv_length: int) -> to
     if mask is None:
         return None
     if mask.dtype is torch.bool:
-        mask = torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+        mask = remembered(mask, str(dtype), lambda it: _added(it, dtype))
     return mask.expand(-1, -1, -1, kv_length)
+
+
+def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
 
 
 def check_window(window: int) -> None:

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from attnreg.masks.extent import readable, tracing
-
-_remembered: Final = WeakTensorKeyDictionary()
-"""State of a mask, and which of its rows are empty. It is not the mask's own, so copies do not take it along."""
+from attnreg.builtin.remembrance import remembered
+from attnreg.masks.extent import tracing
 
 
 def empty_rows(mask: torch.Tensor) -> torch.Tensor:
-    """Return which rows of a mask in SDPA's terms hide every key: bool, the mask's axes but the last.
-
-    All layers of a model are handed one mask, so on a device where each look takes a kernel the answer is remembered
-    until torch writes to the mask. (What writes past torch, such as a kernel of one's own, is not seen.)
-    """
-    if mask.is_cpu or not readable(mask) or torch.is_inference_mode_enabled() or mask.is_inference():
-        return _searched(mask)
-    state = mask._version, mask.data_ptr()  # noqa: SLF001 - the version counts what writes to a tensor
-    known: tuple[Any, torch.Tensor] | None = _remembered.get(mask)  # type: ignore[no-untyped-call]
-    if known is None or known[0] != state:
-        known = _remembered[mask] = state, _searched(mask)
-    return known[1]
+    """Return which rows of a mask in SDPA's terms hide every key: bool, the mask's axes but the last."""
+    return remembered(mask, "empty rows", _searched)
 
 
 def rows_before(q_length: int, kv_length: int, device: torch.device) -> torch.Tensor | None:

@@ -79,7 +79,7 @@ def varlen_attention(
         _check_mask(attention_mask, sizes)
         mask = attention_mask
     else:
-        mask = _mask_of_flags(sizes, query.device, is_causal=causality(module, is_causal), window=sliding_window)
+        mask = _mask_of_flags(sizes, query, is_causal=causality(module, is_causal), window=sliding_window)
         if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
             mask = _packed(mask, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     queries = mask.unpad_queries(query.transpose(1, 2))
@@ -148,7 +148,7 @@ def _padded_lse(lse: torch.Tensor, mask: Unpadded) -> torch.Tensor:
     return lse.reshape(-1, mask.batch_size, mask.q_length).transpose(0, 1).contiguous()
 
 
-def _mask_of_flags(sizes: Sizes, device: torch.device, *, is_causal: bool, window: int | None) -> Unpadded:
+def _mask_of_flags(sizes: Sizes, query: torch.Tensor, *, is_causal: bool, window: int | None) -> Unpadded:
     batch, _, q_length, kv_length, _ = sizes
     if window is not None:
         check_window(window)
@@ -160,11 +160,26 @@ def _mask_of_flags(sizes: Sizes, device: torch.device, *, is_causal: bool, windo
         is_causal=is_causal,
         left=window,
         right=0 if is_causal else window,
-        cu_seqlens_q=torch.arange(batch + 1, dtype=torch.int32, device=device) * q_length,
-        cu_seqlens_k=torch.arange(batch + 1, dtype=torch.int32, device=device) * kv_length,
+        cu_seqlens_q=_evenly(batch, q_length, query),
+        cu_seqlens_k=_evenly(batch, kv_length, query),
         max_seqlen_q=q_length,
         max_seqlen_k=kv_length,
     )
+
+
+def _evenly(rows: int, length: int, query: torch.Tensor) -> torch.Tensor:
+    """Return where sequences of one length begin and end, int32 `(rows + 1,)`; not to be written to."""
+    if not readable(query):
+        return torch.arange(rows + 1, dtype=torch.int32, device=query.device) * length
+    # Another stream would have to wait for the one that makes it.
+    stream = 0 if query.is_cpu else torch.accelerator.current_stream(query.device).stream_id
+    return _kept(rows, length, query.device, stream)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(rows: int, length: int, device: torch.device, stream: int) -> torch.Tensor:  # noqa: ARG001
+    with torch.inference_mode(mode=False):  # else it could not be used in training later on
+        return torch.arange(rows + 1, dtype=torch.int32, device=device) * length
 
 
 def _packed(
