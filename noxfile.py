@@ -52,7 +52,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """The benchmarks, each with its budget; name some to run only those."""
-    install(session, "test")
-    names = session.posargs or ["startup", "lookup", "compile", "dispatch"]
+    install(session, "test", "bench")
+    names = session.posargs or ["startup", "lookup", "compile", "dispatch", "kernels"]
     for name in names:
         session.run("python", f"benchmarks/{name}.py")

@@ -59,10 +59,10 @@ def _check_device(what: str, tensor: torch.Tensor, device: torch.device) -> None
 def _broadcasts(tensor: Any, sizes: Sizes) -> bool:
     if not isinstance(tensor, torch.Tensor):
         return False
-    shape = tensor.shape
-    if len(shape) != 4:  # noqa: PLR2004 - batch, heads, queries, keys
+    try:
+        batch, heads, q_length, kv_length = tensor.shape
+    except ValueError:
         return False
-    batch, heads, q_length, kv_length = shape
     return (
         (batch == sizes[0] or batch == 1)
         and (heads == 1 or heads == sizes[1])

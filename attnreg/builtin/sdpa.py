@@ -9,21 +9,18 @@ The log-sum-exp and sinks are beyond that function: for those, the kernel that i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from torch import Tensor
+import torch
 from torch.nn import functional
 
 from attnreg import Backend, Capabilities, hookimpl
 from attnreg.builtin.aten import Cudnn, Flash
 from attnreg.builtin.choice import Call, chosen, computed, may_take_flash
-from attnreg.builtin.inputs import causality, check_inputs, mask_and_flag, refuse_vmap, scaled
+from attnreg.builtin.inputs import causality, check_inputs, check_mask, mask_and_flag, refuse_vmap, scaled
 from attnreg.builtin.rows import empty_rows, in_one_order
 from attnreg.masks import sdpa_mask
 from attnreg.masks.extent import batched, tracing
-
-if TYPE_CHECKING:
-    import torch
 
 SUPPORTS: Final = Capabilities(
     value_head_dim=True,
@@ -67,17 +64,25 @@ def sdpa_attention(
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
     """
     _, heads, q_length, kv_length, kv_heads = sizes = check_inputs(query, key, value)
-    if scaling is not None and (isinstance(scaling, Tensor) or scaling <= 0):
+    if scaling is not None and (isinstance(scaling, torch.Tensor) or scaling <= 0):
         query, scaling = scaled(query, scaling)
     plain = attention_mask is None and sliding_window is None and position_bias is None
-    if plain and (q_length == 1 or q_length == kv_length) and s_aux is None and not return_lse:  # noqa: PLR1714
+    quick = position_bias is None and s_aux is None and not return_lse
+    if quick and attention_mask is not None and query.is_cpu:
+        check_mask(attention_mask, sizes, query.device)
+        quick, causal = attention_mask.dtype is torch.bool, False
+    elif quick and plain and (q_length == 1 or q_length == kv_length):  # noqa: PLR1714
+        causal = True if q_length != 1 and causality(module, is_causal) else False  # noqa: SIM210 - see `mask_and_flag`
+    else:
+        quick = False
+    if quick:
         output = functional.scaled_dot_product_attention(
             query,
             key,
             value,
-            None,
+            attention_mask,
             dropout or 0.0,
-            True if q_length != 1 and causality(module, is_causal) else False,  # noqa: SIM210 - see `mask_and_flag`
+            causal,
             scale=scaling,
             enable_gqa=True if heads != kv_heads else False,  # noqa: SIM210
         )
