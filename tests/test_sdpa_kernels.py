@@ -18,7 +18,7 @@ from attnreg.builtin.rows import empty_rows
 from attnreg.masks import bidirectional, causal
 
 ON_CPU = ["eager", "sdpa", "sdpa_flash", "sdpa_math"]
-ON_CUDA = [*ON_CPU, "sdpa_cudnn", "sdpa_efficient"]
+ON_CUDA = [*ON_CPU, "sdpa_efficient"]
 NEEDS_CUDA = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

@@ -139,15 +139,6 @@ def _run(
     return output, lse.float()
 
 
-def cudnn_can(call: Call) -> bool:
-    """Whether torch would hand *call* to cuDNN, if cuDNN is all it may choose."""
-    query, key, value, mask, dropout, causal, _ = call
-    mask = as_bias(mask, query.dtype, key.shape[2])
-    gqa = query.shape[1] != key.shape[1]
-    parameters = torch.backends.cuda.SDPAParams(query, key, value, mask, dropout, causal, gqa)
-    return torch.backends.cuda.can_use_cudnn_attention(parameters, debug=False)
-
-
 def _learns(operands: Operands) -> bool:
     tensors = operands[:4]
     return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
