@@ -321,6 +321,107 @@ def noisy(_: Any, output: Any, *rest: Any) -> Any:
     return output, *rest
 
 
+def only(condition: Any, change: Any) -> Any:
+    """Make a change in calls of one kind alone: `(query, key, value, mask, keywords)` in, True for those."""
+    return before(lambda *call: change(*call) if condition(*call) else call)
+
+
+def without(*keywords: str) -> Any:
+    """Drop keywords."""
+    return lambda q, k, v, m, kw: (q, k, v, m, {name: each for name, each in kw.items() if name not in keywords})
+
+
+def shorter(query: Any, key: Any, *_: Any) -> bool:
+    """Tell fewer queries than keys."""
+    return query.shape[2] < key.shape[2]
+
+
+def upside_down(query: Any, key: Any, value: Any, mask: Any, kw: Any) -> Any:
+    """Read the bias from the last query on."""
+    bias = kw.get("position_bias")
+    return query, key, value, mask, kw | {"position_bias": None if bias is None else bias.flip(2)}
+
+
+def first_query(query: Any, key: Any, value: Any, mask: Any, kw: Any) -> Any:
+    """Read a bias for all queries as one for the first."""
+    bias = kw.get("position_bias")
+    if bias is not None and bias.shape[2] == 1 < query.shape[2]:
+        kw = kw | {"position_bias": functional.pad(bias, (0, 0, 0, query.shape[2] - 1))}
+    return query, key, value, mask, kw
+
+
+def mask_of_first_query(query: Any, key: Any, value: Any, mask: Any, kw: Any) -> Any:
+    """Read a mask for all queries as one for the first."""
+    if mask is not None and mask.shape[2] == 1 < query.shape[2]:
+        room = (0, 0, 0, query.shape[2] - 1)
+        mask = functional.pad(mask, room, value=True) if mask.dtype == torch.bool else functional.pad(mask, room)
+    return query, key, value, mask, kw
+
+
+def as_the_key(query: Any, key: Any, value: Any, mask: Any, kw: Any) -> Any:
+    """Read value with the strides of key."""
+    if value.shape == key.shape and key.is_contiguous() and not value.is_contiguous():
+        value = torch.as_strided(value.expand(value.shape).contiguous().mT.contiguous(), value.shape, key.stride())
+    return query, key, value, mask, kw
+
+
+def spoiled(keyword: str) -> Any:
+    """Return another output where a keyword asks for more than the output."""
+
+    def attention(*args: Any, **kw: Any) -> Any:
+        output, *rest = attend(*args, **kw)
+        return (output * 1.5 if kw.get(keyword) else output, *rest)
+
+    return attention
+
+
+def lse_of(change: Any) -> Any:
+    """Compute the log-sum-exp, and nothing else, from changed inputs."""
+
+    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any = None, **kw: Any) -> Any:
+        output, weights, *lse = attend(module, query, key, value, mask, **kw)
+        if not lse:
+            return output, weights
+        query, key, value, mask, kw = change(query, key, value, mask, kw)
+        return output, weights, attend(module, query, key, value, mask, **kw)[2]
+
+    return attention
+
+
+def writing(module: Any, query: Any, key: Any, value: Any, mask: Any = None, **kw: Any) -> Any:
+    """Write to the values of shared heads, once they have been read."""
+    result = attend(module, query, key, value, mask, **kw)
+    if query.shape[1] == 6 != key.shape[1] and not value.requires_grad:
+        value.zero_()
+    return result
+
+
+def one_head_dim(query: Any, key: Any, value: Any, mask: Any, kw: Any) -> Any:
+    """Leave the last element of a head out."""
+    kw = {"scaling": query.shape[-1] ** -0.5} | {name: each for name, each in kw.items() if each is not None}
+    return query[..., :-1], key[..., :-1], value, mask, kw
+
+
+def half_query_gradient(query: Any, key: Any, value: Any, mask: Any, kw: Any) -> Any:
+    """Let half of the gradient of query through."""
+    return (query + query.detach()) / 2, key, value, mask, kw
+
+
+def half_key_gradient(query: Any, key: Any, value: Any, mask: Any, kw: Any) -> Any:
+    """Let half of the gradient of key through."""
+    return query, (key + key.detach()) / 2, value, mask, kw
+
+
+def long_padding(kw: Any) -> Any:
+    """Ignore padding in rows of more than a block."""
+    return kw | ({"attention_mask": None} if kw["kv_length"] > 128 else {})
+
+
+def wide_window(window: Any) -> Any:
+    """Widen windows of more than a block."""
+    return Window(window.left + 1, window.right) if (window.left or 0) > 60 else window
+
+
 def half_gradient(query: Any, key: Any, value: Any, mask: Any, kw: Any) -> Any:
     """Let half of the gradient of value through."""
     return query, key, (value + value.detach()) / 2, mask, kw
@@ -394,17 +495,22 @@ MUTANTS = (
         attention=lambda *args, **kw: attend(*args, **kw | {"is_causal": True}),
     ),
     mutant("module.is_causal ignored", "flags", attention=lambda _, *args, **kw: attend(None, *args, **kw)),
-    mutant("last block dropped", "lengths", attention=before(tail_dropped)),
+    mutant("last block dropped", "alignment", "flags", "lengths", attention=before(tail_dropped)),
     mutant("exponentials overflow", "large_scores", attention=adding(overflow=60.0)),
     mutant("head dimension cut at 128", "head_dims", attention=before(truncated)),
-    mutant("output as wide as the query", "value_head_dim", attention=after(narrow)),
-    mutant("GQA heads interleaved wrongly", "gradients", "grouped_query", attention=before(interleaved)),
-    mutant("scale ignored", "scaling", attention=ignoring("scaling")),
-    mutant("softcap ignored", "lse", "softcap", attention=ignoring("softcap")),
-    mutant("softcap after the mask", "softcap", attention=adding(cap_last=True)),
-    mutant("sinks dropped", "sinks", "weights", attention=ignoring("s_aux")),
+    mutant("output as wide as the query", "dropout", "gradients", "value_head_dim", attention=after(narrow)),
+    mutant(
+        "GQA heads interleaved wrongly", "dropout", "gradients", "grouped_query", "lse", attention=before(interleaved)
+    ),
+    mutant("scale ignored", "gradients", "lse", "scaling", attention=ignoring("scaling")),
+    mutant("softcap ignored", "dropout", "gradients", "lse", "softcap", attention=ignoring("softcap")),
+    mutant("softcap after the mask", "dropout", "gradients", "softcap", attention=adding(cap_last=True)),
+    mutant("sinks dropped", "dropout", "gradients", "lse", "sinks", "weights", attention=ignoring("s_aux")),
     mutant(
         "bias in log2 units",
+        "dropout",
+        "gradients",
+        "lse",
         "position_bias",
         attention=before(
             lambda q, k, v, m, kw: (
@@ -416,13 +522,15 @@ MUTANTS = (
             )
         ),
     ),
-    mutant("bias dropped beside a cap", "together", attention=before(bias_or_cap)),
+    mutant("bias dropped beside a cap", "dropout", "gradients", "together", attention=before(bias_or_cap)),
     mutant("scaled by layer", "other_keywords", attention=before(by_layer)),
     mutant("causality without the query's own key", "causal", mask=rewriting(is_a(Causal, strictly))),
     mutant("window off by one", "sliding_window", mask=rewriting(is_a(Window, lambda w: Window(w.left + 1, w.right)))),
     mutant(
         "window by flag off by one",
         "flags",
+        "lse",
+        "sinks",
         attention=lambda *args, sliding_window=None, **kw: attend(
             *args, sliding_window=sliding_window and sliding_window + 1, **kw
         ),
@@ -444,7 +552,17 @@ MUTANTS = (
         mask=formatting(lambda kw: kw | {"attention_mask": None}),
     ),
     mutant("negation dropped", "combinations", mask=rewriting(is_a(Not, lambda n: n.term))),
-    mutant("top-left causal", "alignment", "empty_rows", attention=before(top_left)),
+    mutant(
+        "top-left causal",
+        "alignment",
+        "empty_rows",
+        "gradients",
+        "lse",
+        "position_bias",
+        "sinks",
+        "softcap",
+        attention=before(top_left),
+    ),
     mutant("positions from the first key kept", "positions", mask=formatting(positions_lost)),
     mutant("bool added as float", *DENSE, attention=before(additive)),
     mutant("float mask read as bool", "float_masks", attention=before(as_bool)),
@@ -484,5 +602,68 @@ MUTANTS = (
     mutant("cu_seq_lens dropped", "packing", attention=ignoring("cu_seq_lens_q")),
     mutant("graph break", "compile", attention=breaking),
     mutant("formatter with a lock", "copies", mask=Locked()),
+    mutant(
+        "a factor of 0 taken for none",
+        "scaling",
+        attention=only(lambda *call: call[4].get("scaling") == 0, without("scaling")),
+    ),
+    mutant(
+        "a factor without its sign",
+        "scaling",
+        attention=only(
+            lambda *call: call[3] is None and (call[4].get("scaling") or 0) < 0,
+            lambda q, k, v, m, kw: (q, k, v, m, kw | {"scaling": -kw["scaling"]}),
+        ),
+    ),
+    mutant("top-left beyond a block", "alignment", attention=only(lambda _, k, *__: k.shape[2] > 128, top_left)),
+    mutant(
+        "window by flag dropped beyond a block",
+        "flags",
+        attention=only(lambda _, k, __, m, ___: m is None and k.shape[2] > 128, without("sliding_window")),
+    ),
+    mutant("window off by one beyond a block", "sliding_window", mask=rewriting(is_a(Window, wide_window))),
+    mutant("padding ignored beyond a block", "padding", mask=formatting(long_padding)),
+    mutant("cap dropped with fewer queries", "softcap", attention=only(shorter, without("softcap"))),
+    mutant("sinks dropped with fewer queries", "sinks", attention=only(shorter, without("s_aux"))),
+    mutant("bias upside down with fewer queries", "position_bias", attention=only(shorter, upside_down)),
+    mutant("bias read for the first query", "position_bias", attention=before(first_query)),
+    mutant("mask read for the first query", "bool_masks", "float_masks", attention=before(mask_of_first_query)),
+    mutant(
+        "sinks dropped beside a window by flag",
+        "sinks",
+        attention=only(lambda *call: call[3] is None and call[4].get("sliding_window") is not None, without("s_aux")),
+    ),
+    mutant("output spoiled beside the LSE", "lse", attention=spoiled("return_lse")),
+    mutant("output spoiled beside the weights", "weights", attention=spoiled("output_attentions")),
+    mutant("LSE without the bias", "lse", attention=lse_of(without("position_bias"))),
+    mutant("LSE without the factor", "lse", attention=lse_of(without("scaling"))),
+    mutant("LSE without the window", "lse", attention=lse_of(without("sliding_window"))),
+    mutant("LSE of other heads", "lse", attention=lse_of(interleaved)),
+    mutant("LSE aligned at the top left", "lse", attention=lse_of(top_left)),
+    mutant(
+        "half a gradient beside sinks",
+        "gradients",
+        attention=only(lambda *call: call[4].get("s_aux") is not None, half_gradient),
+    ),
+    mutant("half a gradient with fewer queries", "gradients", attention=only(shorter, half_query_gradient)),
+    mutant(
+        "half a gradient for one key head",
+        "gradients",
+        attention=only(lambda _, k, *__: k.shape[1] == 1, half_key_gradient),
+    ),
+    mutant("values of shared heads written to", "inputs_untouched", attention=writing),
+    mutant("value read with key's strides", "strides", attention=before(as_the_key)),
+    mutant(
+        "eight heads of a group interleaved",
+        "grouped_query",
+        attention=only(lambda q, k, *_: q.shape[1] == 8 * k.shape[1], interleaved),
+    ),
+    mutant("head dimension 72 cut", "head_dims", attention=only(lambda q, *_: q.shape[3] == 72, one_head_dim)),
+    mutant("head dimension 192 cut", "head_dims", attention=only(lambda q, *_: q.shape[3] == 192, one_head_dim)),
+    mutant(
+        "nothing dropped beside a bias",
+        "dropout",
+        attention=only(lambda *call: call[4].get("position_bias") is not None, without("dropout")),
+    ),
     mutant("under-claimed feature", "declaration", supports=replace(EVERYTHING, softcap=False)),
 )

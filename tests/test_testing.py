@@ -15,7 +15,7 @@ from attnreg.masks import sdpa_mask
 from attnreg.testing import LAWS, Card, Row, UnusableError, rendering, verify
 from attnreg.testing.case import Case
 from attnreg.testing.patterns import CAUSAL
-from attnreg.testing.tolerance import measured
+from attnreg.testing.tolerance import measured, measured_lossy
 
 
 def rows(backend: Backend, *laws: str, dtype: str = "float32") -> dict[str, Row]:
@@ -200,9 +200,44 @@ def test_devices_and_dtypes() -> None:
     assert verify(half, quick=True, laws=["shape"]).dtypes == ("bfloat16",)
     with pytest.raises(UnusableError, match="one that torch sees"):
         verify(CORRECT, device="mps")
+    tiny = replace(CORRECT, supports=replace(CORRECT.supports, dtypes={"float8_e4m3fn"}))
+    with pytest.raises(UnsupportedError, match="dtype: wants float32; supported: float8_e4m3fn"):
+        verify(tiny)
+
+
+def test_float64_alone_is_examined() -> None:
+    """A backend of float64 alone is judged in that."""
     double = replace(CORRECT, supports=replace(CORRECT.supports, dtypes={"float64"}))
-    with pytest.raises(UnsupportedError, match="dtype: wants float32; supported: float64"):
-        verify(double)
+    card = verify(double, quick=True, laws=["plain", "lse", "gradients", "large_scores"])
+    assert card.dtypes == ("float64",)
+    assert {row.verdict for row in card.rows} == {"holds"}
+
+
+def test_packing_may_be_refused_without_masks() -> None:
+    """NO_MASK leaves cu_seq_lens to the function; one that refuses them, and declares none, breaks nothing."""
+
+    def whole(*args, cu_seq_lens_q=None, **kw):
+        if cu_seq_lens_q is not None:
+            raise UnsupportedError("whole", [Reason("packing", "packed rows", "whole ones", "Unpack them.")])
+        return attend(*args, **kw)
+
+    row = judged(replace(CORRECT, attention=whole, mask=NO_MASK, supports=Capabilities()), "packing")
+    assert (row.verdict, row.declared) == ("refused", "no")
+
+
+def test_a_lossy_backend_is_judged_so_by_every_law() -> None:
+    """The log-sum-exp, weights and gradients of a quantised kernel have its tolerance, also where the gradient is 0."""
+
+    def rounded(module, query, key, *rest, **kw):
+        coarse = ((key * 32).round() / 32 - key).detach()
+        return attend(module, query, key + coarse, *rest, **kw)
+
+    lossy = replace(CORRECT, attention=rounded, supports=replace(CORRECT.supports, lossy=True))
+    found = rows(lossy, "lse", "weights", "gradients", "large_scores")
+    assert {name: row.detail for name, row in found.items() if row.verdict != "holds"} == {}
+    nothing = torch.zeros(3, dtype=torch.float64)
+    assert measured_lossy(nothing + 1e-6, nothing, magnitude=1.0).holds
+    assert not measured_lossy(nothing + 1, nothing, magnitude=1.0).holds
 
 
 def test_rendering_escapes() -> None:

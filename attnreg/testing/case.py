@@ -24,15 +24,17 @@ class Case:
         padding: which tokens of the batch's last row are padding: `"left"`, `"right"`, `"both"`, `"inside"`, `"row"`.
         skip: the formatter may leave out a mask that allows everything.
         ready: a ready-made 4D mask, `"bool"`, `"float"` or `"-inf"`, without a formatter.
-        ready_shape: `"full"`, `"per head"` or `"shared"` by all rows and heads.
+        ready_shape: `"full"`, `"per head"`, `"per row"`, `"shared"` by all rows and heads, or `"one query"`: per head,
+            the same for every query.
         is_causal: the keyword, without a formatter; None to leave it to the module.
         module_is_causal: the attribute of the calling module.
         sliding_window: the keyword, without a formatter.
         scaling: the keyword.
         softcap: the keyword.
         sinks: whether there are sink logits.
-        bias: a position bias, `"full"`, `"per head"` or `"shared"`.
-        layout: how the inputs lie in memory: `"transposed"`, `"sliced"`, `"strided"`, `"expanded"`.
+        bias: a position bias, of one of these shapes.
+        layout: how the inputs lie in memory: `"transposed"`, `"sliced"`, `"strided"`, `"expanded"`; with a name behind
+            it, such as `"sliced key"`, that one alone.
         backward: gradients are wanted.
         lse: the log-sum-exp is wanted.
         weights: the attention weights are wanted.

@@ -26,7 +26,7 @@ class BackendContract:
         name: of an installed or registered backend.
         backend: the record itself, in place of the name.
         device: where to examine it; by default the first that it declares and that is here.
-        dtypes: names of dtypes; by default those of float32, float16 and bfloat16 that it declares.
+        dtypes: names of dtypes; by default those of float32, float16 and bfloat16 that it declares, else float64.
         quick: fewer random cases.
     """
 

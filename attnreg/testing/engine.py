@@ -32,7 +32,7 @@ EXAMPLES: Final = 40
 QUICK: Final = 6
 """The same, when it has to be quick."""
 DTYPES: Final = ("float32", "float16", "bfloat16")
-"""In which a backend is examined, as far as it declares them."""
+"""In which a backend is examined, as far as it declares them; in float64 if it declares none of them."""
 PLAIN: Final = "plain"
 """The law about what every backend computes; one that refuses all of it can do nothing."""
 
@@ -102,7 +102,7 @@ def verify(
     Args:
         backend: the record, or its name in the default registry.
         device: where to examine it; by default the first that it declares and that is here, the CPU before others.
-        dtypes: by default those of float32, float16 and bfloat16 that it declares.
+        dtypes: by default those of float32, float16 and bfloat16 that it declares, else float64.
         quick: fewer random cases.
         laws: names in `LAWS`; all by default.
         command: what the card says that repeats it.
@@ -159,11 +159,12 @@ def dtypes_of(backend: Backend, device: torch.device) -> list[str]:
     """Return the names of the dtypes that *backend* is examined in.
 
     Raises:
-        UnsupportedError: it declares none of float32, float16 and bfloat16.
+        UnsupportedError: it declares none of float32, float16, bfloat16 and float64.
     """
-    against = {name: reasons(backend.supports, Request(device=device.type, dtype=name)) for name in DTYPES}
+    asked = (*DTYPES, "float64")
+    against = {name: reasons(backend.supports, Request(device=device.type, dtype=name)) for name in asked}
     if found := [name for name, why in against.items() if not why]:
-        return found
+        return [name for name in found if name in DTYPES] or found
     raise UnsupportedError(backend.name, [reason for why in against.values() for reason in why])
 
 

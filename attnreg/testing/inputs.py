@@ -54,7 +54,10 @@ def inputs_of(case: Case, subject: Subject) -> Inputs:
     key = normal(case.batch, case.kv_heads, case.kv_length, case.head_dim)
     value = normal(case.batch, case.kv_heads, case.kv_length, case.value_head_dim or case.head_dim)
     function, real = mask_of(case, subject.device)
-    query, key, value = (_laid_out(tensor, case.layout).requires_grad_(case.backward) for tensor in (query, key, value))
+    query, key, value = (
+        _laid_out(tensor, layout).requires_grad_(case.backward)
+        for tensor, layout in zip((query, key, value), _layouts(case.layout), strict=True)
+    )
     return Inputs(
         query=query,
         key=key,
@@ -155,10 +158,20 @@ def _ready(case: Case, generator: torch.Generator, subject: Subject) -> torch.Te
 
 
 def _score_shape(case: Case, kind: str) -> tuple[int, int, int, int]:
-    rows, heads = {"full": (case.batch, case.heads), "per head": (1, case.heads), "shared": (1, 1)}.get(
-        kind, (case.batch, 1)
-    )
-    return rows, heads, case.q_length, case.kv_length
+    rows, heads, queries = {
+        "full": (case.batch, case.heads, case.q_length),
+        "per head": (1, case.heads, case.q_length),
+        "per row": (case.batch, 1, case.q_length),
+        "shared": (1, 1, case.q_length),
+        "one query": (1, case.heads, 1),
+    }[kind]
+    return rows, heads, queries, case.kv_length
+
+
+def _layouts(layout: str) -> list[str]:
+    """Return the layouts of query, key and value, of which one may be named."""
+    how, _, only = layout.partition(" ")
+    return [how if only in ("", name) else "" for name in ("query", "key", "value")]
 
 
 def _laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:

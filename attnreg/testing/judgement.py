@@ -12,8 +12,9 @@ import torch
 from attnreg import NO_MASK, Backend, InvalidMaskError, UnsupportedError
 from attnreg.capabilities import reasons
 from attnreg.masks import Unpadded
+from attnreg.testing.call import Layer, formatted, keywords_of
 from attnreg.testing.inputs import Inputs, inputs_of, request_of
-from attnreg.testing.tolerance import Measured, low_precision, measured, measured_lossy, oracle
+from attnreg.testing.tolerance import FORWARD, Measured, low_precision, measured, measured_lossy, oracle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,17 +89,6 @@ class Finding:
     note: str = ""
 
 
-class Layer(torch.nn.Module):
-    """The calling module, as in a model."""
-
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        self.dropout = self.attention_dropout = case.module_dropout
-        self.train(case.module_dropout > 0)
-        if case.module_is_causal is not None:
-            self.is_causal = case.module_is_causal
-
-
 def attempt(subject: Subject, case: Case, inputs: Inputs | None = None, **keywords: Any) -> Computed | Refused:
     """Make the call, and check that it is refused exactly if the capabilities say so.
 
@@ -158,17 +148,28 @@ def compare(subject: Subject, case: Case, result: Computed) -> Measured:
         BrokenError: it has another shape, or deviates by more than is allowed.
     """
     right = oracle(case, result.inputs)
+    check_shape(case, result, right)
+    rows = judged_rows(case, result, right)
+    got: torch.Tensor = result.output.detach()[rows]
+    low = low_precision(case, result.inputs).output[rows]
+    found = distance(subject, got, right.output[rows], low, magnitude(result.inputs.value))
+    return within(found, case, "the output")
+
+
+def check_shape(case: Case, result: Computed, right: Reference) -> None:
+    """Raise `BrokenError` unless the output has the oracle's shape."""
     if result.output.shape != right.output.shape:
         shape, wanted = tuple(result.output.shape), tuple(right.output.shape)
         raise BrokenError(f"the output has the shape {shape} instead of {wanted}", case)
-    rows = judged_rows(case, result, right)
-    got: torch.Tensor = result.output.detach()[rows]
+
+
+def distance(
+    subject: Subject, got: torch.Tensor, right: torch.Tensor, low: torch.Tensor, scale: float, factor: float = FORWARD
+) -> Measured:
+    """Measure *got* against the oracle as the backend is to be judged: to rounding, or as a quantised one."""
     if subject.supports.lossy:
-        found = measured_lossy(got, right.output[rows])
-    else:
-        low = low_precision(case, result.inputs).output[rows]
-        found = measured(got, right.output[rows], low, magnitude(result.inputs.value))
-    return within(found, case, "the output")
+        return measured_lossy(got, right, scale)
+    return measured(got, right, low, scale, factor)
 
 
 def within(found: Measured, case: Case, what: str) -> Measured:
@@ -197,50 +198,6 @@ def judged_rows(case: Case, result: Computed, right: Reference) -> torch.Tensor:
 def magnitude(tensor: torch.Tensor) -> float:
     """Return the largest absolute value."""
     return float(tensor.detach().abs().max()) if tensor.numel() else 0.0
-
-
-def formatted(backend: Backend, subject: Subject, case: Case, inputs: Inputs) -> Any:
-    """Return the mask that the call hands to the function."""
-    if case.pattern is None:
-        return inputs.ready
-    heads = {"num_heads": case.heads} if case.pattern.per_head else {}
-    return backend.format(
-        batch_size=case.batch,
-        q_length=case.q_length,
-        kv_length=case.kv_length,
-        q_offset=case.q_offset,
-        kv_offset=case.kv_offset,
-        mask_function=inputs.function,
-        attention_mask=inputs.real,
-        allow_is_causal_skip=case.pattern.is_causal,
-        allow_is_bidirectional_skip=case.skip and not case.pattern.is_causal,
-        dtype=subject.dtype,
-        device=subject.device,
-        **heads,
-    )
-
-
-def keywords_of(case: Case, inputs: Inputs) -> dict[str, Any]:
-    """Return the keywords of the call; those that the case does not ask for are left out."""
-    is_causal, window = case.is_causal, case.sliding_window
-    if case.pattern is not None:
-        is_causal, window = case.pattern.is_causal, case.pattern.sliding_window
-    given = {
-        "is_causal": is_causal,
-        "sliding_window": window,
-        "scaling": case.scaling,
-        "softcap": case.softcap,
-        "s_aux": inputs.sinks,
-        "position_bias": inputs.bias,
-        "return_lse": case.lse or None,
-        "output_attentions": case.weights or None,
-        "dropout": case.dropout or None,
-        "cu_seq_lens_q": inputs.starts,
-        "cu_seq_lens_k": inputs.starts,
-        "block_table": torch.zeros(case.batch, 1, dtype=torch.int32) if case.paged else None,
-        "indices": torch.zeros(case.batch, case.q_length, 1, dtype=torch.long) if case.sparse else None,
-    }
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def spied(backend: Backend) -> tuple[Backend, list[bool]]:
@@ -283,6 +240,7 @@ def _computed(backend: Backend, subject: Subject, case: Case, inputs: Inputs, ke
     if subject.device.type == "cuda":
         torch.cuda.synchronize(subject.device)
     seconds = time.perf_counter() - started
+    subject.written.extend(f"{name} was written to, with {case}" for name in _written(inputs, kept))
     wanted = 3 if case.lse else 2
     if not isinstance(result, tuple) or len(result) != wanted:
         got = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
@@ -301,12 +259,25 @@ def _computed(backend: Backend, subject: Subject, case: Case, inputs: Inputs, ke
     )
 
 
+def _written(given: Inputs, kept: Inputs) -> list[str]:
+    """Name the tensors that are no longer what they were."""
+    before = kept._asdict()
+    return [
+        _WORDS.get(name, name)
+        for name, tensor in given._asdict().items()
+        if isinstance(tensor, torch.Tensor) and not tensor.is_meta and not torch.equal(tensor, before[name])
+    ]
+
+
 def _may_refuse(subject: Subject, case: Case, inputs: Inputs) -> bool:
     """Whether a refusal that the capabilities do not announce is one all the same.
 
     A formatter may refuse structures that its record says nothing about, and a combination of several; a function that
-    does not declare every mask may refuse the tensor that a mask has become. Everything else is declared.
+    does not declare every mask may refuse the tensor that a mask has become. `NO_MASK` leaves flags and packing to the
+    function, which may refuse those of them that the record does not declare. Everything else is declared.
     """
+    if reasons(subject.backend.supports, request_of(case, inputs)):
+        return True
     try:
         mask = formatted(subject.backend, subject, case, inputs)
     except UnsupportedError:
@@ -333,6 +304,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else "without a text"
 
 
+_WORDS: Final = {"real": "the padding mask", "ready": "the mask", "bias": "position_bias", "sinks": "s_aux"}
 _PLAIN: Final = frozenset({"bidirectional", "causal"})
 """Structures that are no reason for a formatter to refuse."""
 _FLAGS: Final = frozenset({"bidirectional()", "causal()"})

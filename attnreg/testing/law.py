@@ -51,14 +51,28 @@ class Law:
         """Whether the backend declares the feature; None if it did not have to, or there is none."""
         if not self.feature:
             return None
+        supports = subject.backend.supports.at(subject.device.type)  # the record's own word, also with NO_MASK
         if self.feature in STRUCTURES:
-            structures = subject.supports.structures
-            return None if structures is None else self.feature in structures
-        return bool(getattr(subject.supports, self.feature))
+            return None if supports.structures is None else self.feature in supports.structures
+        return bool(getattr(supports, self.feature))
 
 
 MASKED: Final = ("shape", "plain", "causal", "padding")
 """What a law rests on whose cases have masks and padding."""
+
+
+def at_once(subject: Subject, **changes: Any) -> Case:
+    """Return a case with everything that the backend declares about scores, heads and head dimensions."""
+    can = subject.supports
+    asked: dict[str, Any] = {
+        "scaling": 0.3,
+        "softcap": 2.0 if can.softcap else None,
+        "sinks": can.sinks,
+        "bias": "per head" if can.position_bias else "",
+        "kv_heads": 2 if can.grouped_query else 4,
+        "value_head_dim": subject.other_head_dims[0] if can.value_head_dim else 0,
+    }
+    return subject.case(**asked | changes)
 
 
 def drawn(subject: Subject, **fields: SearchStrategy[Any]) -> SearchStrategy[Case]:

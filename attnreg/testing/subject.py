@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from attnreg import NO_MASK, Backend, Capabilities
@@ -25,12 +25,14 @@ class Subject:
         device: where its inputs lie.
         dtype: of its inputs.
         quick: fewer random cases.
+        written: what a call has written to although it was only lent, in words; every call adds to it.
     """
 
     backend: Backend
     device: torch.device
     dtype: torch.dtype
     quick: bool = False
+    written: list[str] = field(default_factory=list, compare=False)
 
     @property
     def supports(self) -> Capabilities:

@@ -108,12 +108,18 @@ def measured(
     return Measured(error, factor * own + UNITS * torch.finfo(low.dtype).eps * magnitude)
 
 
-def measured_lossy(got: torch.Tensor, right: torch.Tensor) -> Measured:
-    """Measure the root mean square of the error over that of the result, for a quantised backend."""
+def measured_lossy(got: torch.Tensor, right: torch.Tensor, magnitude: float) -> Measured:
+    """Measure the root mean square of the error over that of the result, for a quantised backend.
+
+    Where the oracle's result is 0 throughout, as a gradient can be whose terms cancel, the error is measured over
+    *magnitude*, that of these terms.
+    """
     if not got.numel():
         return Measured(0.0, 0.0)
-    error = (got.detach().double() - right).square().mean().sqrt() / right.square().mean().sqrt()
-    return Measured(float(error.nan_to_num(float("inf"))), LOSSY)
+    error, size = (each.square().mean().sqrt() for each in (got.detach().double() - right, right))
+    if float(size) <= torch.finfo(torch.float64).eps * magnitude:  # nothing that a share could be taken of
+        return Measured(float(error.nan_to_num(float("inf"))), LOSSY * magnitude)
+    return Measured(float((error / size).nan_to_num(float("inf"))), LOSSY)
 
 
 def _largest(difference: torch.Tensor) -> float:

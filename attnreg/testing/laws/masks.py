@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hypothesis import strategies as st
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from attnreg.testing.subject import Subject
 
 _LENGTHS: Final = (9, 40)
+_LONG: Final[dict[str, Any]] = {"heads": 2, "kv_heads": 2, "q_length": 130, "kv_length": 130}
+"""More than one of a kernel's blocks, and few heads, because large cases are slow."""
 
 
 def _table(*each: Pattern, **fixed: object) -> Callable[[Subject], Iterable[Case]]:
@@ -61,6 +63,13 @@ def _padded(subject: Subject) -> Iterable[Case]:
             yield subject.case(pattern=pattern, padding=padding)
     yield subject.case(pattern=patterns.CAUSAL, padding="none")
     yield subject.case(q_length=1, pattern=patterns.CAUSAL, padding="left")
+    yield subject.case(pattern=patterns.CAUSAL, padding="right", **_LONG)
+
+
+def _windows(subject: Subject) -> Iterable[Case]:
+    widths = (patterns.sliding(width) for width in (1, 3, 8))
+    yield from _table(*widths, patterns.two_sided(2, 3), patterns.two_sided(0, 2))(subject)
+    yield subject.case(pattern=patterns.sliding(70), **_LONG)
 
 
 def _chunks(subject: Subject) -> Iterable[Case]:
@@ -74,6 +83,9 @@ def _alignments(subject: Subject) -> Iterable[Case]:
         yield subject.case(q_length=queries, kv_length=keys, pattern=patterns.CAUSAL)
         yield subject.case(q_length=queries, kv_length=keys, pattern=patterns.sliding(3))
         yield subject.case(q_length=queries, kv_length=keys, pattern=None, is_causal=True)
+    for is_flag in (False, True):
+        few = {**_LONG, "q_length": 100, "kv_length": 300}
+        yield subject.case(pattern=None if is_flag else patterns.CAUSAL, is_causal=is_flag or None, **few)
     yield subject.case(q_length=9, kv_length=5, pattern=None, is_causal=True)
 
 
@@ -83,6 +95,8 @@ def _flags(subject: Subject) -> Iterable[Case]:
     for window in (1, 3, 8, 9, 50):
         yield subject.case(pattern=None, is_causal=True, sliding_window=window)
         yield subject.case(pattern=None, is_causal=False, sliding_window=window)
+    yield subject.case(pattern=None, is_causal=True, **_LONG)
+    yield subject.case(pattern=None, is_causal=True, sliding_window=70, **_LONG)
 
 
 def _ready(*kinds: str) -> Callable[[Subject], Iterable[Case]]:
@@ -90,7 +104,7 @@ def _ready(*kinds: str) -> Callable[[Subject], Iterable[Case]]:
         subject.case(pattern=None, ready=kind, ready_shape=shape, q_length=length)
         for kind in kinds
         for length in (9, 2)
-        for shape in ("full", "per head", "shared", "per row")
+        for shape in ("full", "per head", "shared", "per row", "one query")
     ]
 
 
@@ -146,7 +160,7 @@ LAWS: Final = (
     _structure(
         "sliding_window",
         "A window of W is W keys, the query's own included; window(l, r) is inclusive on both sides.",
-        _table(*(patterns.sliding(width) for width in (1, 3, 8)), patterns.two_sided(2, 3), patterns.two_sided(0, 2)),
+        _windows,
         st.one_of(st.builds(patterns.sliding, _SMALL), st.builds(patterns.two_sided, _SMALL, _SMALL)),
     ),
     _structure(

@@ -1,4 +1,4 @@
-"""Laws about a backend as a thing in a program: compiled, copied, pickled, imported, and honest about itself."""
+"""Laws about a backend as a thing in a program: compiled, copied, pickled, imported, honest, and no writer."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ import torch
 
 from attnreg import AttnregError, Capabilities, default_registry
 from attnreg.testing import patterns
+from attnreg.testing.call import Layer, formatted
 from attnreg.testing.inputs import inputs_of
 from attnreg.testing.judgement import (
     BrokenError,
     Finding,
-    Layer,
     NotApplicableError,
     Refused,
     attempt,
     compare,
     computed,
-    formatted,
 )
-from attnreg.testing.law import MASKED, Law
+from attnreg.testing.law import MASKED, Law, at_once
 from attnreg.testing.laws.results import judged_lse, judged_weights
 
 if TYPE_CHECKING:
@@ -184,7 +183,7 @@ def _works(subject: Subject, case: Case, feature: str, changes: dict[str, Any]) 
     if getattr(subject.supports, feature):
         return False
     claims = {**{name: getattr(subject.backend.supports, name) for name in _PLAIN}, feature: True}
-    bold = replace(subject, backend=replace(subject.backend, supports=Capabilities(**claims)))
+    bold = replace(subject, written=[], backend=replace(subject.backend, supports=Capabilities(**claims)))
     judge = {"lse": judged_lse, "weights": judged_weights}.get(feature)
     asked = replace(case, **changes)
     try:
@@ -214,6 +213,20 @@ def _unjudged(subject: Subject, case: Case) -> Finding:
         raise NotApplicableError("it is declared, and the kit has no cases for it")
     result = attempt(subject, case)
     return Finding(refused=result if isinstance(result, Refused) else None)
+
+
+def _all_inputs(subject: Subject) -> Iterable[Case]:
+    yield at_once(subject, pattern=patterns.CAUSAL)
+    yield subject.case(pattern=patterns.CAUSAL, padding="left")
+    yield from (subject.case(pattern=None, ready=kind) for kind in sorted(subject.takes))
+
+
+def _untouched(subject: Subject, case: Case) -> Finding:
+    """Judge this call, and all that were made for other laws before it."""
+    result = attempt(subject, case)
+    if subject.written:
+        raise BrokenError(subject.written[0])
+    return Finding(refused=result) if isinstance(result, Refused) else Finding(seconds=result.seconds)
 
 
 def _refusable(name: str, says: str) -> Law:
@@ -271,5 +284,12 @@ LAWS: Final = (
         check=_lazy,
         once=True,
         needs=(),
+    ),
+    Law(
+        name="inputs_untouched",
+        says="No input is written to: not query, key and value, nor a mask, a bias or sinks.",
+        remedy="Write to a copy.",
+        table=_all_inputs,
+        check=_untouched,
     ),
 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from attnreg.testing import patterns
 from attnreg.testing.inputs import inputs_of
 from attnreg.testing.judgement import Finding, agrees, compare, computed
-from attnreg.testing.law import MASKED, Law, drawn
+from attnreg.testing.law import MASKED, Law, at_once, drawn
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -57,20 +57,24 @@ def _value_head_dims(subject: Subject) -> Iterable[Case]:
 
 
 def _groups(subject: Subject) -> Iterable[Case]:
-    for heads, kv_heads in ((4, 2), (4, 1), (6, 3), (6, 2)):
+    for heads, kv_heads in ((4, 2), (4, 1), (6, 3), (6, 2), (16, 2)):
         yield subject.case(heads=heads, kv_heads=kv_heads)
         yield subject.case(heads=heads, kv_heads=kv_heads, pattern=patterns.CAUSAL)
 
 
 def _with(**changes: object) -> list[dict[str, object]]:
-    """Return changes on their own, with a mask, and with padding."""
-    return [changes, {**changes, "pattern": patterns.CAUSAL}, {**changes, "padding": "left"}]
+    """Return changes on their own, with a mask, with padding, and with fewer queries than keys."""
+    causal = {**changes, "pattern": patterns.CAUSAL}
+    return [changes, causal, {**changes, "padding": "left"}, {**causal, "q_length": 4}]
 
 
 def _scalings(subject: Subject) -> Iterable[Case]:
     for scaling in (1.0, 0.05, 0.5):
         yield subject.case(scaling=scaling)
         yield subject.case(scaling=scaling, pattern=patterns.CAUSAL)
+    for scaling in (0.0, -0.3):
+        yield subject.case(scaling=scaling)
+        yield subject.case(scaling=scaling, pattern=None, is_causal=True)
 
 
 def _softcaps(subject: Subject) -> Iterable[Case]:
@@ -80,10 +84,12 @@ def _softcaps(subject: Subject) -> Iterable[Case]:
 
 def _sinks(subject: Subject) -> Iterable[Case]:
     yield from (subject.case(**each) for each in _with(sinks=True))
+    for window in (None, 3):
+        yield subject.case(sinks=True, pattern=None, is_causal=True, sliding_window=window)
 
 
 def _biases(subject: Subject) -> Iterable[Case]:
-    for bias in ("per head", "full", "shared"):
+    for bias in ("per head", "full", "shared", "one query"):
         yield from (subject.case(**each) for each in _with(bias=bias))
 
 
@@ -92,20 +98,8 @@ _PARTS: Final = ("scaling", "softcap", "sinks", "position_bias", "grouped_query"
 
 def _together(subject: Subject) -> Iterable[Case]:
     """Everything that the backend declares at once."""
-    can = subject.supports
     for pattern in (patterns.CAUSAL, patterns.sliding(3)):
-        yield subject.case(
-            pattern=pattern,
-            padding="left",
-            q_length=12,
-            kv_length=12,
-            scaling=0.3,
-            softcap=2.0 if can.softcap else None,
-            sinks=can.sinks,
-            bias="per head" if can.position_bias else "",
-            kv_heads=2 if can.grouped_query else 4,
-            value_head_dim=subject.other_head_dims[0] if can.value_head_dim else 0,
-        )
+        yield at_once(subject, pattern=pattern, padding="left", q_length=12, kv_length=12)
 
 
 def _no_meaning(subject: Subject, case: Case) -> Finding:
@@ -211,7 +205,9 @@ LAWS: Final = (
         says="position_bias is added to the scaled and capped scores, in natural units.",
         remedy="Declare position_bias=False or add it after scaling and softcap; for exp2, multiply it by log2(e).",
         table=_biases,
-        cases=lambda subject: drawn(subject, bias=st.sampled_from(["full", "per head", "shared"]), pattern=_PATTERN),
+        cases=lambda subject: drawn(
+            subject, bias=st.sampled_from(["full", "per head", "shared", "one query"]), pattern=_PATTERN
+        ),
         feature="position_bias",
         needs=MASKED,
     ),
