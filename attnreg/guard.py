@@ -118,7 +118,8 @@ def guard(
     if not constraints:
         supports = replace(supports, is_causal=True, sliding_window=True, packing=True)
     call = _call_method(Guarded(name, attention, supports))
-    guarded: Callable[..., Any] = type("Guarded", (Guarded,), {"__call__": call})(name, attention, supports)
+    derived: Any = type("Guarded", (Guarded,), {"__call__": call})
+    guarded: Callable[..., Any] = derived(name, attention, supports)
     return guarded
 
 

@@ -99,7 +99,12 @@ def test_reasons_add_up() -> None:
 def test_request_covers_what_can_be_declared() -> None:
     """A capability that no request can ask for would be decoration."""
     declared = {field.name for field in fields(Capabilities)} - {"devices", "dtypes", "priority", "lossy", "on"}
-    asked = {field.name for field in fields(Request)} | {"min_head_dim", "max_head_dim", "head_dim_multiple", "grouped_query"}
+    asked = {field.name for field in fields(Request)} | {
+        "min_head_dim",
+        "max_head_dim",
+        "head_dim_multiple",
+        "grouped_query",
+    }
     assert declared - asked == set()
 
 

@@ -18,6 +18,7 @@ _KERNELS: Final[dict[int, Kernel]] = {
     int(SDPBackend.EFFICIENT_ATTENTION.value): Efficient,
     int(SDPBackend.CUDNN_ATTENTION.value): Cudnn,
 }
+_choice: Final = torch._fused_sdp_choice  # noqa: SLF001 # pyright: ignore[reportPrivateImportUsage]
 _HALF: Final = (torch.float16, torch.bfloat16)
 _LARGEST_HEAD: Final = 256
 _ALIGNED: Final = 8
@@ -43,7 +44,7 @@ def chosen(call: Call) -> Kernel | None:
     query, key, value, mask, dropout, causal, _ = call
     if not tracing():
         gqa = query.shape[1] != key.shape[1]
-        number = torch._fused_sdp_choice(query, key, value, mask, dropout, causal, scale=None, enable_gqa=gqa)  # noqa: SLF001
+        number = _choice(query, key, value, mask, dropout, causal, scale=None, enable_gqa=gqa)
         return _KERNELS.get(number)
     if query.is_cpu:
         learned = mask is not None and mask.requires_grad

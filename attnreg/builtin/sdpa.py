@@ -67,10 +67,10 @@ def sdpa_attention(
     if scaling is not None and (isinstance(scaling, torch.Tensor) or scaling <= 0):
         query, scaling = scaled(query, scaling)
     plain = attention_mask is None and sliding_window is None and position_bias is None
-    quick = position_bias is None and s_aux is None and not return_lse
+    quick, causal = position_bias is None and s_aux is None and not return_lse, False
     if quick and attention_mask is not None and query.is_cpu:
         check_mask(attention_mask, sizes, query.device)
-        quick, causal = attention_mask.dtype is torch.bool, False
+        quick = attention_mask.dtype is torch.bool
     elif quick and plain and (q_length == 1 or q_length == kv_length):  # noqa: PLR1714
         causal = True if q_length != 1 and causality(module, is_causal) else False  # noqa: SIM210 - see `mask_and_flag`
     else:

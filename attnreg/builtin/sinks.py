@@ -112,7 +112,9 @@ class _Sinks(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         query, key, value, bias, sinks, output, total, *tensors = ctx.saved_tensors
         found = iter(tensors)
         rest = tuple(next(found) if each is _SAVED else each for each in ctx.rest)
