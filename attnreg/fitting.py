@@ -37,6 +37,9 @@ class Fitted(ByName):
 
     def __init__(self, name: str, formatter: Callable[..., Any], supports: Capabilities) -> None:
         super().__init__(name, formatter)
+        for said in ("native", "lowered", "takes"):  # what a formatter says about itself; see `masks.expression`
+            if hasattr(formatter, said):
+                setattr(self, said, getattr(formatter, said))
         self._supports = supports
         self._on = {device: supports.at(device) for device, _ in tuple(supports.on)}
 

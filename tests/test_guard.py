@@ -249,3 +249,19 @@ def test_a_formatter_called_by_position_is_judged_too() -> None:
         formatted(1, 6, 6, mask_function=lambda b, h, q, kv: kv <= q + h, num_heads=2)
     with pytest.raises(TypeError, match="mask formatter takes batch_size, q_length, kv_length"):
         formatted(1, 6, 6, 0, 0, masks.causal(), None, 7)
+
+
+def test_attributes_of_a_callable_object_do_not_open_the_guard() -> None:
+    """A function object with an attribute `check` is guarded like any other."""
+
+    class Kernel:
+        def __init__(self) -> None:
+            self.check = lambda *given: given[1:4]
+
+        def __call__(self, module, query, key, value, attention_mask=None, **kwargs):
+            return query.transpose(1, 2), None
+
+    call = guard("kernel", Kernel(), Capabilities(is_causal=True))
+    query = torch.randn(1, 2, 3, 8)
+    with pytest.raises(UnsupportedError, match="softcap"):
+        call(None, query, query, query, None, softcap=5.0)
