@@ -337,7 +337,7 @@ def test_the_gradient_of_the_log_sum_exp_is_there_or_an_error(name) -> None:
         right = torch.autograd.grad(reference.attention(*exact).logsumexp.sum(), exact[0])[0]
         torch.testing.assert_close(torch.autograd.grad(lse.sum(), inputs[0])[0].double(), right, rtol=0, atol=1e-4)
         return
-    with pytest.raises(UnsupportedError, match="backward: wants the gradient of the log-sum-exp"):
+    with pytest.raises(UnsupportedError, match=rf"{name}' cannot(?s:.)*wants the gradient of the log-sum-exp"):
         (output.sum() + lse.sum()).backward()
 
 

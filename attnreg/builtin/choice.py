@@ -73,7 +73,7 @@ def may_take_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
 
 
 def computed(
-    kernel: Kernel | None, call: Call, *, sinks: torch.Tensor | None, return_lse: bool
+    kernel: Kernel | None, call: Call, *, sinks: torch.Tensor | None, return_lse: bool, name: str = "sdpa"
 ) -> tuple[torch.Tensor, None] | tuple[torch.Tensor, None, torch.Tensor]:
     """Call *kernel*, or matrix products for None.
 
@@ -99,7 +99,7 @@ def computed(
         empty = empty_rows(mask)
     elif call.causal:
         empty = rows_before(q_length, kv_length, query.device)
-    output, lse = _run(kernel, operands, empty, sinks=sinks, return_lse=return_lse)
+    output, lse = _run(kernel, operands, empty, sinks=sinks, return_lse=return_lse, name=name)
     output = in_one_order(output.transpose(1, 2)).contiguous()
     if empty is not None and kernel is Cudnn:
         output = output.masked_fill(empty.transpose(1, 2)[..., None], 0.0)
@@ -113,6 +113,7 @@ def _run(
     *,
     sinks: torch.Tensor | None,
     return_lse: bool,
+    name: str,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     heads, q_length = operands.query.shape[1:3]
     if sinks is not None:
@@ -136,7 +137,7 @@ def _run(
     if not return_lse or lse is None:
         return output, None
     if kernel is not None and _learns(operands):
-        lse = lse_of_scores(operands, empty) if tracing() else without_gradient(lse, operands.query)
+        lse = lse_of_scores(operands, empty) if tracing() else without_gradient(lse, operands.query, name)
     return output, lse.float()
 
 

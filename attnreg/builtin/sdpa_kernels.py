@@ -127,7 +127,7 @@ def attention_of(name: str, kernel: Kernel | None) -> Callable[..., Any]:
         if maskless and mask is not None:
             raise UnsupportedError(name, [Reason("mask", "a mask that is a tensor", "causality by flag", _OTHERS)])
         call = Call(query, key, value, mask, dropout or 0.0, causal, scaling)
-        return computed(kernel, call, sinks=s_aux, return_lse=return_lse)
+        return computed(kernel, call, sinks=s_aux, return_lse=return_lse, name=name)
 
     attention.__name__ = attention.__qualname__ = f"{name}_attention"
     return attention

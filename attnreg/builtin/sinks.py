@@ -57,22 +57,23 @@ def damped(output: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torc
     return output * share[..., None].to(output.dtype)
 
 
-def without_gradient(lse: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+def without_gradient(lse: torch.Tensor, query: torch.Tensor, name: str) -> torch.Tensor:
     """Return *lse* such that whoever asks for its gradient gets an error, and not none at all."""
-    found: torch.Tensor = _NoGradient.apply(lse, query)  # type: ignore[no-untyped-call]
+    found: torch.Tensor = _NoGradient.apply(lse, query, name)  # type: ignore[no-untyped-call]
     return found
 
 
 class _NoGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, lse: torch.Tensor, query: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+    def forward(ctx: Any, lse: torch.Tensor, query: torch.Tensor, name: str) -> torch.Tensor:  # noqa: ARG004
+        ctx.name = name
         return lse.view_as(lse)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None]:  # noqa: ARG004
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None, None]:  # noqa: ARG004
         fix = "Detach it, or choose a backend whose log-sum-exp has one: eager, sdpa_math, flex_attention on CUDA."
         reason = Reason("backward", "the gradient of the log-sum-exp", "that of the output", fix)
-        raise UnsupportedError("sdpa", [reason])
+        raise UnsupportedError(ctx.name, [reason])
 
 
 class _Sinks(torch.autograd.Function):
