@@ -1,8 +1,8 @@
 """Which installed distributions offer backends, found without importing any of them.
 
 This is the only module that imports importlib-metadata, and only strings leave it. Every distribution is read on its
-own: a corrupt one costs a `Fault`, not discovery. The group is `attnreg.backends`, the key is the backend's name and
-the value is the module that holds the hook.
+own: a corrupt one costs a `Fault`, not discovery. In the group `attnreg.backends` the key is a backend's name, in
+`attnreg.families` it is a family of names that are too many for keys; the value is the module that holds the hook.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 GROUP: Final = "attnreg.backends"
+FAMILIES: Final = "attnreg.families"
+_GROUPS: Final = (GROUP, FAMILIES)
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Candidate:
-    """An entry point: the backend `name`, the module `target` that provides it, and the distribution it is from."""
+    """An entry point: the `name` of a backend or family, the module `target` that provides it, and its distribution."""
 
     name: str
     target: str
@@ -50,6 +52,7 @@ class Discovery:
 
     candidates: tuple[Candidate, ...]
     faults: tuple[Fault, ...]
+    families: tuple[Candidate, ...] = ()
 
 
 def scan(*, thorough: bool = False) -> Discovery:
@@ -58,17 +61,18 @@ def scan(*, thorough: bool = False) -> Discovery:
     Args:
         thorough: also parse what is no concern of attnreg, to name the distribution whose entry points break others.
     """
-    candidates: set[Candidate] = set()
+    found: dict[str, set[Candidate]] = {group: set() for group in _GROUPS}
     faults: list[Fault] = []
     # Entries that do not exist, such as a standard library in a zip file, would only make it import its zip support.
     # What is no string there is of no use to Python's own import either.
     path = [entry for entry in sys.path if isinstance(entry, str) and os.path.exists(entry or os.curdir)]  # noqa: PTH110
     for distribution in _distributions(path, faults):
         try:
-            candidates.update(_candidates(distribution, path, thorough=thorough))
+            for group, candidate in _candidates(distribution, path, thorough=thorough):
+                found[group].add(candidate)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with it, it is one distribution's fault
             faults.append(Fault(_label(distribution), f"{type(error).__name__}: {error}"))
-    return Discovery(tuple(sorted(candidates)), tuple(faults))
+    return Discovery(tuple(sorted(found[GROUP])), tuple(faults), tuple(sorted(found[FAMILIES])))
 
 
 def _distributions(path: list[str], faults: list[Fault]) -> Iterator[Any]:
@@ -97,19 +101,20 @@ def normalized(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
-def _candidates(distribution: Any, path: list[str], *, thorough: bool) -> Iterator[Candidate]:
+def _candidates(distribution: Any, path: list[str], *, thorough: bool) -> Iterator[tuple[str, Candidate]]:
     text = distribution.read_text("entry_points.txt") or ""
-    if not text or (GROUP not in text and not thorough):
+    if not text or not (thorough or any(group in text for group in _GROUPS)):
         return
     entry_points = distribution.entry_points
-    ours = [entry_point for entry_point in entry_points if entry_point.group == GROUP]
+    ours = [entry_point for entry_point in entry_points if entry_point.group in _GROUPS]
     if ours and _is_active(distribution, text, path):
         name, release = _identity(distribution)
         for entry_point in ours:
             target = str(entry_point.value) if entry_point.attr else str(entry_point.module)
-            yield Candidate(str(entry_point.name), target, name, release)
-    elif f"[{GROUP}]" in text and not ours:
-        raise ValueError(f"its entry_points.txt mentions [{GROUP}], but no entry point can be read there")
+            yield str(entry_point.group), Candidate(str(entry_point.name), target, name, release)
+    for group in _GROUPS:
+        if f"[{group}]" in text and not any(entry_point.group == group for entry_point in ours):
+            raise ValueError(f"its entry_points.txt mentions [{group}], but no entry point can be read there")
 
 
 def _is_active(distribution: Any, text: str, path: list[str]) -> bool:

@@ -1,40 +1,35 @@
 """Loading plugins: one historic pluggy hook, one plugin at a time, each failure kept as a row.
 
-pluggy is a contract tool here: it validates the hook's signature, and the hook is historic, so that it runs when its
-module is registered. Each load has a plugin manager of its own, which leaves nothing behind, whatever the hook does;
-pluggy is never on the call path. `PluginFinder` is what the default registry asks.
+The hook is historic, so that it runs when its module is registered. `PluginFinder` is what the default registry asks.
 
 A plugin is a module that an entry point in the group `attnreg.backends` names, with a hook::
 
     @attnreg.hookimpl
     def attnreg_register(registry):
         registry.add(attnreg.Backend(name="mine", attention=..., mask=..., supports=...))
+
+A plugin whose names are too many for that is a family; see `attnreg.families`.
 """
 
 from __future__ import annotations
 
-import importlib
 import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Literal
 
-import pluggy
-
-from attnreg.backend import Backend, Origin
+from attnreg import loading
 from attnreg.discovery import Candidate, Discovery, normalized, scan
 from attnreg.errors import (
-    ApiMismatchError,
     AttnregError,
     DuplicateBackendError,
     InvalidNameError,
     NameTakenError,
     PluginContractError,
-    PluginDependencyError,
-    PluginError,
-    PluginImportError,
     RegistrationError,
 )
+from attnreg.families import Families
 from attnreg.finder import Row
+from attnreg.loading import blaming, culprit, hookspec, manager, origin, register
 from attnreg.naming import check_base
 from attnreg.registry import check_record
 from attnreg.settings import hidden
@@ -42,8 +37,9 @@ from attnreg.settings import hidden
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-hookspec = pluggy.HookspecMarker("attnreg")
-hookimpl = pluggy.HookimplMarker("attnreg")
+    from attnreg.backend import Backend
+
+hookimpl: Final = loading.hookimpl
 
 _MODULES: Final = {
     "eager": "eager",
@@ -107,6 +103,8 @@ class PluginFinder:
         self._loads: dict[Candidate, threading.RLock] = {}
         self._builtins = {candidate.name: candidate for candidate in builtins}
         self._installed: dict[str, list[Candidate]] | None = None
+        self._families = Families(self._family_candidates)
+        self._discovered: Discovery | None = None
         self._failures: dict[Candidate, AttnregError] = {}
         self._loading = _Loading()
 
@@ -117,16 +115,22 @@ class PluginFinder:
     def provider(self, name: str) -> str:
         """Who provides *name*: attnreg itself, or one or more distributions."""
         if name in self._builtins:
-            return str(_origin(self._builtins[name]))
+            return str(origin(self._builtins[name]))
         return " and ".join(candidate.provider for candidate in self._visible(name))
 
     def rows(self) -> list[Row]:
-        """One row for each built-in and each name that a plugin offers."""
+        """One row for each built-in, each name that a plugin offers, and each family that cannot be asked."""
         builtins = [self._row(name, [candidate]) for name, candidate in self._builtins.items()]
-        return builtins + [self._row(name, found) for name, found in sorted(self._plugins().items())]
+        plugins = [self._row(name, found) for name, found in sorted(self._plugins().items())]
+        return builtins + plugins + self._families.rows()
 
     def load(self, name: str) -> list[Backend]:
-        """Import the one plugin that provides *name*; its failure is remembered, and raised anew when asked again."""
+        """Import the one plugin that provides *name*; its failure is remembered, and raised anew when asked again.
+
+        Families are asked for a name with a slash that no entry point has.
+        """
+        if "/" in name and name not in self._plugins():
+            return self._families.provide(name)
         candidates = [self._builtins[name]] if name in self._builtins else self._visible(name)
         if not candidates or hidden(name, candidates[0].distribution, normalized):
             return []
@@ -134,7 +138,7 @@ class PluginFinder:
             raise DuplicateBackendError(name, [candidate.provider for candidate in candidates])
         candidate = candidates[0]
         if candidate in self._loading.candidates:
-            raise PluginContractError(*_culprit(candidate), "it asks for its own backend while it is being loaded")
+            raise PluginContractError(*culprit(candidate), "it asks for its own backend while it is being loaded")
         with self._lock:
             one_at_a_time = self._loads.setdefault(candidate, threading.RLock())
         with one_at_a_time:  # and not one for all: an import may wait for another thread's
@@ -149,31 +153,14 @@ class PluginFinder:
                 raise
 
     def _load(self, candidate: Candidate) -> list[Backend]:
-        if ":" in candidate.target:
-            raise PluginContractError(*_culprit(candidate), "its entry point names an object, and must name a module")
         registrar, outer = Registrar(), self._loading.candidates
-        hooks = pluggy.PluginManager("attnreg")
-        hooks.add_hookspecs(_Spec)
+        hooks = manager(_Spec)
         hooks.hook.attnreg_register.call_historic(kwargs={"registry": registrar})
         self._loading.candidates = (*outer, candidate)
         try:
-            module = importlib.import_module(candidate.target)
-            hooks.register(module, name=candidate.target)
-            return self._checked(candidate, registrar.staged or [], has_hook=bool(hooks.get_hookcallers(module)))
-        except (PluginError, ApiMismatchError):
-            raise
-        except AttnregError as error:
-            raise PluginContractError(*_culprit(candidate), f"its backend is refused: {error}") from error
-        except ModuleNotFoundError as error:
-            if error.name is None or candidate.target.split(".")[0] == error.name.split(".")[0]:
-                raise PluginImportError(*_culprit(candidate), error) from error
-            raise PluginDependencyError(*_culprit(candidate), error.name) from error
-        except pluggy.PluginValidationError as error:
-            raise PluginContractError(*_culprit(candidate), "its hook must take one argument, registry") from error
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # SystemExit too: a plugin that quits at import must not end its host
-            raise PluginImportError(*_culprit(candidate), error) from error
+            with blaming(candidate, "registry"):
+                has_hook = register(candidate, hooks, "attnreg_register")
+                return self._checked(candidate, registrar.staged or [], has_hook=has_hook)
         finally:
             registrar.staged = None
             self._loading.candidates = outer
@@ -181,7 +168,7 @@ class PluginFinder:
     def _checked(self, candidate: Candidate, staged: list[Backend], *, has_hook: bool) -> list[Backend]:
         """Hold what the hook registered against the contract and against the names that the entry points promise."""
         if not has_hook:
-            raise PluginContractError(*_culprit(candidate), "it has no hook attnreg_register")
+            raise PluginContractError(*culprit(candidate), "it has no hook attnreg_register")
         provider = candidate.provider.strip() or candidate.target
         backends = [check_record(backend, provider) for backend in staged]
         registered = [backend.name for backend in backends]
@@ -189,15 +176,15 @@ class PluginFinder:
             problem = (
                 f"its entry point promises {candidate.name!r}, but it registers {', '.join(registered) or 'nothing'}"
             )
-            raise PluginContractError(*_culprit(candidate), problem)
+            raise PluginContractError(*culprit(candidate), problem)
         if len(set(registered)) < len(registered):
-            raise PluginContractError(*_culprit(candidate), f"it registers a name twice: {', '.join(registered)}")
+            raise PluginContractError(*culprit(candidate), f"it registers a name twice: {', '.join(registered)}")
         for name in registered:
             if candidate.distribution and not self._offers(candidate, name):
                 problem = f"it registers {name!r}, but no entry point of its distribution has that name"
-                raise PluginContractError(*_culprit(candidate), problem)
+                raise PluginContractError(*culprit(candidate), problem)
         served = [backend for backend in backends if self._serves(candidate, backend.name)]
-        return [replace(backend, origin=_origin(candidate)) for backend in served]
+        return [replace(backend, origin=origin(candidate)) for backend in served]
 
     def _serves(self, candidate: Candidate, name: str) -> bool:
         """Whether *name* is this plugin's to serve: no built-in, not hidden, and nobody else's too."""
@@ -214,12 +201,20 @@ class PluginFinder:
 
     def _plugins(self) -> dict[str, list[Candidate]]:
         if self._installed is None:
-            with self._lock:
-                found: dict[str, list[Candidate]] = {}
-                for candidate in self._discover().candidates:
-                    found.setdefault(candidate.name, []).append(candidate)
-                self._installed = found
+            found: dict[str, list[Candidate]] = {}
+            for candidate in self._discovery().candidates:
+                found.setdefault(candidate.name, []).append(candidate)
+            self._installed = found
         return self._installed
+
+    def _family_candidates(self) -> tuple[Candidate, ...]:
+        return self._discovery().families
+
+    def _discovery(self) -> Discovery:
+        with self._lock:
+            if self._discovered is None:
+                self._discovered = self._discover()
+            return self._discovered
 
     def _visible(self, name: str) -> list[Candidate]:
         found = self._plugins().get(name, [])
@@ -227,27 +222,18 @@ class PluginFinder:
 
     def _row(self, name: str, found: list[Candidate]) -> Row:
         visible = [candidate for candidate in found if not hidden(name, candidate.distribution, normalized)]
-        origin = " and ".join(str(_origin(candidate)) for candidate in visible or found)
+        who = " and ".join(str(origin(candidate)) for candidate in visible or found)
         if not visible:
             variable = hidden(name, found[0].distribution, normalized)
-            return Row(name, "disabled", origin, f"hidden by {variable}")
+            return Row(name, "disabled", who, f"hidden by {variable}")
         if found[0].distribution and name in self._builtins:
-            return Row(name, "broken", origin, "a plugin cannot bear the name of a built-in")
+            return Row(name, "broken", who, "a plugin cannot bear the name of a built-in")
         try:
             check_base(name)
         except InvalidNameError as error:
-            return Row(name, "broken", origin, str(error))
+            return Row(name, "broken", who, str(error))
         if len(visible) > 1:
-            return Row(name, "duplicate", origin, str(DuplicateBackendError(name, [c.provider for c in visible])))
+            return Row(name, "duplicate", who, str(DuplicateBackendError(name, [c.provider for c in visible])))
         if (failure := self._failures.get(visible[0])) is not None:
-            return Row(name, "broken", origin, str(failure))
-        return Row(name, "installed", origin)
-
-
-def _origin(candidate: Candidate) -> Origin:
-    kind: Literal["builtin", "plugin"] = "plugin" if candidate.distribution else "builtin"
-    return Origin(kind, candidate.target, candidate.distribution, candidate.version)
-
-
-def _culprit(candidate: Candidate) -> tuple[str, str, str]:
-    return candidate.name, candidate.provider.strip() or "attnreg", candidate.target
+            return Row(name, "broken", who, str(failure))
+        return Row(name, "installed", who)

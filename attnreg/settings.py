@@ -1,7 +1,7 @@
 """The environment variables, read where they are used and never at import.
 
-`ATTNREG_DISABLE` and `ATTNREG_ONLY` hold comma-separated backend or distribution names and act before any plugin is
-imported; built-ins are never hidden by `ATTNREG_ONLY`. `ATTNREG_IMPLEMENTATION` is the default name.
+`ATTNREG_DISABLE` and `ATTNREG_ONLY` hold comma-separated names of backends, families or distributions, and act before
+any plugin is imported; built-ins are never hidden by `ATTNREG_ONLY`. `ATTNREG_IMPLEMENTATION` is the default name.
 `DIFFSYNTH_ATTENTION_IMPLEMENTATION` is another library's, which the router follows.
 """
 
@@ -35,11 +35,15 @@ DIFFSYNTH_NAMES: Final = {"torch": "sdpa", **dict(zip(_SAME_IN_DIFFSYNTH, _SAME_
 _ITEM = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.@:/-]+)?")
 
 
-def hidden(name: str, distribution: str, normalized: Callable[[str], str]) -> str:
-    """Say which variable hides the backend *name* of *distribution*, such as `"ATTNREG_ONLY"`; empty if none does."""
-    if _mentions(_items(DISABLE), name, distribution, normalized):
+def hidden(name: str, distribution: str, normalized: Callable[[str], str], *, family: str = "") -> str:
+    """Say which variable hides the backend *name* of *distribution*, such as `"ATTNREG_ONLY"`; empty if none does.
+
+    A backend that a *family* provides may be named itself, or its family.
+    """
+    names = (name, family)
+    if _mentions(_items(DISABLE), names, distribution, normalized):
         return DISABLE
-    if (only := _items(ONLY)) and distribution and not _mentions(only, name, distribution, normalized):
+    if (only := _items(ONLY)) and distribution and not _mentions(only, names, distribution, normalized):
         return ONLY
     return ""
 
@@ -88,5 +92,7 @@ def _items(variable: str) -> tuple[str, ...]:
     return items
 
 
-def _mentions(items: tuple[str, ...], name: str, distribution: str, normalized: Callable[[str], str]) -> bool:
-    return name in items or normalized(distribution) in {normalized(item) for item in items}
+def _mentions(
+    items: tuple[str, ...], names: tuple[str, ...], distribution: str, normalized: Callable[[str], str]
+) -> bool:
+    return any(name in items for name in names) or normalized(distribution) in {normalized(item) for item in items}
