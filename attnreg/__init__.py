@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from attnreg import masks, nn, reference
+    from attnreg import compat, masks, nn, reference
     from attnreg.backend import API, NO_MASK, AttentionFunction, Backend, MaskFormatter, Origin
     from attnreg.capabilities import STRUCTURES, Capabilities, Reason, Request
     from attnreg.default import default_registry
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         InvalidInputError,
         InvalidMaskError,
         InvalidNameError,
+        KernelError,
         MissingAttentionError,
         MissingMaskFormatterError,
         NameTakenError,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     )
     from attnreg.functional import attention
     from attnreg.interface import AttentionInterface, AttentionMaskInterface
+    from attnreg.kernel import Kernel
     from attnreg.plugins import Registrar, hookimpl
     from attnreg.registry import Registry
     from attnreg.routing import attention_forward
@@ -72,6 +74,8 @@ __all__ = [
     "InvalidInputError",
     "InvalidMaskError",
     "InvalidNameError",
+    "Kernel",
+    "KernelError",
     "MaskFormatter",
     "MissingAttentionError",
     "MissingMaskFormatterError",
@@ -94,6 +98,7 @@ __all__ = [
     "UnsupportedMaskError",
     "attention",
     "attention_forward",
+    "compat",
     "default_registry",
     "explain",
     "get",
@@ -111,10 +116,12 @@ _HOMES: Final = {
     "capabilities": ("STRUCTURES", "Capabilities", "Reason", "Request"),
     "default": ("default_registry",),
     "functional": ("attention",),
+    "kernel": ("Kernel",),
     "interface": ("AttentionInterface", "AttentionMaskInterface"),
     "plugins": ("Registrar", "hookimpl"),
     "registry": ("Registry",),
     "selection": ("Explanation", "explain", "get", "names", "resolve", "use"),
+    "compat": ("compat",),
     "masks": ("masks",),
     "nn": ("nn",),
     "reference": ("reference",),

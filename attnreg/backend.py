@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
-from attnreg.capabilities import Capabilities
+from attnreg.capabilities import Capabilities, reasons
 from attnreg.errors import InvalidBackendError
 from attnreg.fitting import fit
 from attnreg.guard import guard
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
+
+    from attnreg.capabilities import Reason, Request
+    from attnreg.kernel import Kernel
 
 API: Final = 1
 """The version of the contract that this attnreg speaks; a backend says in `api` which one it was written for."""
@@ -106,6 +109,7 @@ class Backend:
         attention: see `AttentionFunction`.
         mask: see `MaskFormatter`; `NO_MASK` if the function handles every constraint itself.
         supports: what it can do; anything not declared is refused.
+        kernel: the package that its kernel is in, if it is another one than torch; see `Kernel`.
         api: the version of the contract that it was written for.
         origin: where it came from; the registry fills it in.
         call: `attention` behind the guard that refuses what `supports` does not declare. This is what models call.
@@ -121,6 +125,7 @@ class Backend:
     attention: Callable[..., Any]
     mask: Callable[..., Any]
     supports: Capabilities = field(default_factory=Capabilities)
+    kernel: Kernel | None = None
     api: int = API
     origin: Origin | None = None
     call: Callable[..., Any] = field(init=False, repr=False, compare=False)
@@ -138,6 +143,14 @@ class Backend:
         else:
             object.__setattr__(self, "call", guard(self.name, self.attention, self.supports))
             object.__setattr__(self, "format", fit(self.name, self.mask, self.supports))
+
+    def reasons(self, request: Request) -> list[Reason]:
+        """Return everything that keeps it from serving *request*: its kernel, and what it declares.
+
+        The kernel's package is not imported for it.
+        """
+        missing = [] if self.kernel is None else self.kernel.reasons(request.device)
+        return [*missing, *reasons(self.supports, request)]
 
     def __copy__(self) -> Backend:
         return self

@@ -77,6 +77,7 @@ class Capabilities:
         softcap: … `softcap`, scores capped at `softcap * tanh(score / softcap)` before the mask.
         sinks: … `s_aux`, per-head sink logits in the softmax's denominator.
         position_bias: … `position_bias`, added to the scaled scores.
+        alibi: … `position_bias` where it is ALiBi: a slope for each head, times the distance of query and key.
         dropout: … `dropout`, a probability.
         packing: … `cu_seq_lens_q` and `cu_seq_lens_k` when it is handed no mask.
         paged: … a paged key/value cache.
@@ -102,6 +103,7 @@ class Capabilities:
     softcap: bool = False
     sinks: bool = False
     position_bias: bool = False
+    alibi: bool = False
     dropout: bool = False
     packing: bool = False
     paged: bool = False
@@ -166,6 +168,7 @@ class Request:
     softcap: bool = False
     sinks: bool = False
     position_bias: bool = False
+    alibi: bool = False
     dropout: bool = False
     packing: bool = False
     paged: bool = False
@@ -216,6 +219,7 @@ FEATURES: Final[dict[str, tuple[str, str]]] = {
     "softcap": ("softcap", "Choose a backend with softcap, such as eager."),
     "sinks": ("sink logits (s_aux)", "Choose a backend with sinks, such as eager."),
     "position_bias": ("a position bias", "Choose a backend with position_bias, such as eager."),
+    "alibi": ("a position bias that is ALiBi", "Choose a backend with position_bias, such as eager."),
     "dropout": ("dropout", "Set the dropout to 0, or choose a backend with dropout, such as eager."),
     "packing": ("cu_seq_lens without a mask", "Build the mask from position_ids with the backend's own formatter."),
     "paged": ("a paged key/value cache", "Choose a paged backend."),
@@ -274,7 +278,8 @@ def _features(supports: Capabilities, request: Request) -> Iterator[Reason]:
     if supports.structures is not None and (missing := request.structures - supports.structures):
         yield Reason("mask", _listed(missing), _listed(supports.structures), "Choose another backend.")
     for feature, (wanted, fix) in FEATURES.items():
-        if getattr(request, feature) and not getattr(supports, feature):
+        able = getattr(supports, feature) or (feature == "alibi" and supports.position_bias)
+        if getattr(request, feature) and not able:
             yield Reason(
                 feature, wanted, "not declared", f"{fix} A backend that can says so: Capabilities({feature}=True)."
             )

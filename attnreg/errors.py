@@ -100,9 +100,9 @@ class UnknownBackendError(AttnregError, KeyError):
         lines = [f"no attention backend is named {name!r}{did_you_mean(name, [*available, *unusable])}"]
         lines.append(f"  available:  {_listed(available)}")
         lines += [f"  not usable: {other} ({why})" for other, why in sorted(unusable.items())]
+        install = "attnreg-kernels, which provides the Hub's names" if "/" in name else "a plugin that provides it"
         lines.append(
-            f"  to add it:  pip install a plugin that provides it, or AttentionInterface.register({name!r}, "
-            "function, mask=formatter)"
+            f"  to add it:  pip install {install}, or AttentionInterface.register({name!r}, function, mask=formatter)"
         )
         super().__init__("\n".join(lines), name=name, available=available, unusable=unusable)
 
@@ -293,6 +293,14 @@ class UnsupportedMaskError(UnsupportedError):
 
     def __init__(self, name: str, reasons: Sequence[object]) -> None:
         lines = [f"{name} cannot express this mask:", *(f"  {reason}" for reason in reasons)]
+        AttnregError.__init__(self, "\n".join(lines), name=name, reasons=list(reasons))
+
+
+class KernelError(UnsupportedError):
+    """A kernel's package cannot be used; `name` is the package's, and `reasons` say why and what to do."""
+
+    def __init__(self, name: str, reasons: Sequence[object]) -> None:
+        lines = [f"the kernel of {name} cannot be used:", *(f"  {reason}" for reason in reasons)]
         AttnregError.__init__(self, "\n".join(lines), name=name, reasons=list(reasons))
 
 

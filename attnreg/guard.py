@@ -158,9 +158,12 @@ class _Rules(NamedTuple):
     @classmethod
     def of(cls, supports: Capabilities) -> _Rules:
         """Read them off what a backend declares."""
+        refused = {keyword for keyword, need in KEYWORDS.items() if not getattr(supports, need)}
+        if supports.alibi:  # which biases are, the function finds out
+            refused.discard("position_bias")
         return cls(
             supports,
-            frozenset(keyword for keyword, need in KEYWORDS.items() if not getattr(supports, need)),
+            frozenset(refused),
             tuple(check for applies, check in _LIMITS if applies(supports)),
         )
 

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from attnreg.capabilities import Reason, Request, reasons, reluctance
+from attnreg.capabilities import Reason, Request, reluctance
 from attnreg.default import default_registry
-from attnreg.errors import AttnregError, ConfigurationError, NoBackendError, UnknownBackendError, UnsupportedError
+from attnreg.errors import (
+    AttnregError,
+    ConfigurationError,
+    KernelError,
+    NoBackendError,
+    UnknownBackendError,
+    UnsupportedError,
+)
 from attnreg.naming import AUTO
 from attnreg.settings import IMPLEMENTATION, default_implementation
 
@@ -69,13 +76,22 @@ def explain(
     """Judge every backend against *request*: all reasons of all candidates, and the winner that `auto` would choose.
 
     With *only*, that backend alone is judged, and no other plugin is imported. Without it, every plugin's module is
-    imported for its capabilities, but no kernel. A plugin that cannot be loaded is a candidate with that reason.
+    imported for its capabilities. A plugin that cannot be loaded is a candidate with that reason.
+
+    Of kernels, only the winner's is imported, and those of better ones that turn out to be broken.
     """
     request = request or Request()
     found = [_judge(row, request, registry) for row in registry.rows() if only in (None, row.name)]
-    ordered = tuple(sorted(found, key=lambda each: (bool(each.reasons), -each.priority, each.name)))
-    winner = next((each.name for each in ordered if not each.reasons), None)
-    return Explanation(request, ordered, winner)
+    able = sorted((each for each in found if not each.reasons), key=lambda each: (-each.priority, each.name))
+    refused = [each for each in found if each.reasons]
+    winner = None
+    while able and winner is None:
+        if broken := _broken(registry.get(able[0].name)):
+            refused.append(replace(able.pop(0), reasons=broken))
+        else:
+            winner = able[0].name
+    refused.sort(key=lambda each: (-each.priority, each.name))
+    return Explanation(request, (*able, *refused), winner)
 
 
 def resolve(
@@ -98,7 +114,7 @@ def resolve(
     request = request or Request()
     if name != AUTO:
         backend = registry.get(name)
-        if found := reasons(backend.supports, request):
+        if found := backend.reasons(request):
             raise UnsupportedError(name, found)
         return backend
     explanation = explain(request, registry=registry)
@@ -138,6 +154,16 @@ def use(name: str, *, registry: Registry = default_registry) -> Iterator[None]:
         _scope.reset(token)
 
 
+def _broken(backend: Backend) -> tuple[Reason, ...]:
+    """Import the backend's kernel, and return why that fails, if it does."""
+    if backend.kernel is not None:
+        try:
+            backend.kernel.load()
+        except KernelError as error:
+            return tuple(error.reasons)
+    return ()
+
+
 def _judge(row: Row, request: Request, registry: Registry) -> Candidate:
     problem = row.problem
     if not problem:
@@ -147,7 +173,7 @@ def _judge(row: Row, request: Request, registry: Registry) -> Candidate:
             problem = str(error)
         else:
             supports = backend.supports.at(request.device)
-            why = (*reasons(supports, request), *reluctance(supports, request))
+            why = (*backend.reasons(request), *reluctance(supports, request))
             return Candidate(row.name, row.origin, supports.priority, why)
     unavailable = Reason("unavailable", "a usable backend", "none", f"{problem.rstrip('.')}.")
     return Candidate(row.name, row.origin, 0, (unavailable,))

@@ -25,10 +25,26 @@ def remembered(mask: torch.Tensor, what: str, look: Callable[[torch.Tensor], tor
         return look(mask)
     if torch.is_inference_mode_enabled() or mask.is_inference():
         return look(mask)
+    found: torch.Tensor = _found(mask, what, look)
+    return found
+
+
+def known(tensor: torch.Tensor, what: str, look: Callable[[torch.Tensor], tuple[Any, ...]]) -> tuple[Any, ...]:
+    """Return *look(tensor)*, plain values for which the device is waited for once, until torch writes to the tensor.
+
+    Tensors of inference mode count no writes, so they are looked at each time.
+    """
+    if tensor.is_inference():
+        return look(tensor)
+    found: tuple[Any, ...] = _found(tensor, what, look)
+    return found
+
+
+def _found(mask: torch.Tensor, what: str, look: Callable[[torch.Tensor], Any]) -> Any:
     state = mask._version, mask.data_ptr()  # noqa: SLF001 - the version counts what writes to a tensor
-    known: tuple[Any, dict[str, torch.Tensor]] | None = _known.get(mask)  # type: ignore[no-untyped-call]
-    if known is None or known[0] != state:
-        known = _known[mask] = state, {}
-    if what not in known[1]:
-        known[1][what] = look(mask)
-    return known[1][what]
+    facts: tuple[Any, dict[str, Any]] | None = _known.get(mask)  # type: ignore[no-untyped-call]
+    if facts is None or facts[0] != state:
+        facts = _known[mask] = state, {}
+    if what not in facts[1]:
+        facts[1][what] = look(mask)
+    return facts[1][what]

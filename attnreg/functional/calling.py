@@ -21,7 +21,7 @@ from attnreg.functional.checking import (
     probability,
     scaling,
 )
-from attnreg.functional.choice import Needs, backend_of, candidates, refusals, standing
+from attnreg.functional.choice import Needs, backend_of, candidates, loaded, refusals, standing
 from attnreg.functional.masking import Asked, Formatted, formatted
 from attnreg.masks.predicates import sliding_window
 from attnreg.naming import AUTO
@@ -233,7 +233,8 @@ def _automatic(
     for name in candidates(needs):
         backend = backend_of(name)
         try:
-            return backend, formatted(backend, asked, extent, query)
+            ready = formatted(backend, asked, extent, query)
+            return loaded(backend), ready
         except UnsupportedError as error:
             refused[name] = error.reasons
     raise NoBackendError({**refused, **refusals(needs)})

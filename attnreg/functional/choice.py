@@ -83,6 +83,20 @@ def backend_of(name: str) -> Backend:
     return default_registry.get(name)
 
 
+def loaded(backend: Backend) -> Backend:
+    """Return *backend*, whose kernel is imported.
+
+    Raises:
+        KernelError: it cannot be.
+    """
+    if backend.kernel is not None:
+        if torch.compiler.is_compiling():
+            _load_kernel(backend.name)
+        else:
+            backend.kernel.load()
+    return backend
+
+
 def candidates(needs: Needs) -> tuple[str, ...]:
     """Return the backends that can serve a call, the best first.
 
@@ -128,6 +142,15 @@ def _default_for_graph() -> str:
 def _load(name: str) -> str:
     """Look *name* up, so that the trace only reads a dictionary: imports and locks are not traced."""
     return default_registry.get(name).name
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _load_kernel(name: str) -> str:
+    """Import the kernel before the trace goes on, which must not see an import."""
+    kernel = default_registry.get(name).kernel
+    if kernel is not None:
+        kernel.load()
+    return name
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -1,0 +1,131 @@
+"""One operator of a foreign kernel, for graphs: torch.compile, torch.export and torch.jit.trace see a single node.
+
+Outside of graphs nothing of this is needed, and it is not free: adapters call the kernel itself there.
+
+Source: https://docs.pytorch.org/tutorials/advanced/python_custom_ops.html.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from attnreg.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    Tensors = tuple[torch.Tensor, ...]
+    Gradients = tuple[torch.Tensor | None, ...]
+
+_SCHEMA: Final = re.compile(r"\((?P<args>.*)\) -> \(?(?P<returns>Tensor(, Tensor)*)\)?")
+
+
+def graph_op(
+    name: str,
+    schema: str,
+    forward: Callable[..., Tensors],
+    fake: Callable[..., Tensors],
+    *,
+    backward: Callable[[Gradients, Tensors, tuple[Any, ...]], Gradients] | None = None,
+    differentiable: Sequence[str] = (),
+) -> Callable[..., Any]:
+    """Make one operator of a kernel.
+
+    Args:
+        name: `"namespace::name"`, the namespace a plugin's own.
+        schema: arguments and results as torch writes them, such as `"(Tensor query, float scale) -> (Tensor, Tensor)"`;
+            no argument is keyword-only, all results are tensors.
+        forward: runs the kernel, without autograd; called with the arguments by position. It returns a tuple, none of
+            which is an argument.
+        fake: returns empty, contiguous tensors of the results' shapes, dtypes and devices.
+        backward: `(grads, outputs, args) -> gradients`: of each result a gradient or None, the results, the
+            arguments; it returns one gradient, or None, for each name in *differentiable*.
+        differentiable: arguments that have gradients.
+
+    Returns:
+        The operator, called by position. It returns a tuple, or the one tensor if there is one.
+
+    Raises:
+        InvalidInputError: *schema* is none, or *differentiable* names no argument.
+    """
+    found = _SCHEMA.fullmatch(schema)
+    if found is None:
+        raise InvalidInputError("the schema", repr(schema), "such as '(Tensor query, float scale) -> (Tensor, Tensor)'")
+    count = found["returns"].count("Tensor")
+    names = [argument.partition("=")[0].split()[-1] for argument in found["args"].split(",") if argument.strip()]
+    if unknown := set(differentiable) - set(names):
+        raise InvalidInputError("differentiable", ", ".join(sorted(unknown)), f"some of {', '.join(names)}")
+    operator = _operator(name, schema, forward, fake, single=count == 1)
+    if backward is not None:
+        places = tuple(names.index(each) for each in differentiable)
+        outputs = ", ".join(f"Tensor output_{number}" for number in range(count))
+        grads = ", ".join(f"Tensor? grad_{number}" for number in range(count))
+        returns = ", ".join(["Tensor"] * len(places))
+        adjoint = _operator(
+            f"{name}_backward",
+            f"({grads}, {outputs}, {found['args']}) -> ({returns})",
+            _adjoint(backward, count, places),
+            lambda *args: tuple(_like(args[2 * count + place], args[0]) for place in places),
+            single=len(places) == 1,
+        )
+        _differentiate(operator, adjoint, places, count)
+    called: Callable[..., Any] = operator
+    return called
+
+
+def _operator(
+    name: str, schema: str, run: Callable[..., Tensors], fake: Callable[..., Tensors], *, single: bool
+) -> Any:
+    def result(found: Tensors) -> Any:
+        # The graph was laid out for contiguous results; and an operator's result must not be another one in disguise.
+        return found[0].contiguous() if single else tuple(each.contiguous() for each in found)
+
+    def computed(*args: Any) -> Any:
+        with torch.no_grad():
+            return result(run(*args))
+
+    operator = torch.library.custom_op(name, computed, mutates_args=(), schema=schema)
+    operator.register_fake(lambda *args: result(fake(*args)))
+    return operator
+
+
+def _adjoint(
+    backward: Callable[[Gradients, Tensors, tuple[Any, ...]], Gradients], count: int, places: tuple[int, ...]
+) -> Callable[..., Tensors]:
+    def computed(*args: Any) -> Tensors:
+        rest = args[2 * count :]
+        found = backward(args[:count], args[count : 2 * count], rest)
+        pairs = zip(found, places, strict=True)
+        return tuple(_like(rest[place], args[count]) if grad is None else grad for grad, place in pairs)
+
+    return computed
+
+
+def _like(argument: torch.Tensor | None, output: torch.Tensor | None) -> torch.Tensor:
+    """Return room for a gradient; for an argument that was not given, nothing that anybody reads."""
+    if argument is not None:
+        return torch.zeros_like(argument, memory_format=torch.contiguous_format)
+    return torch.zeros(0) if output is None else output.new_zeros(0)
+
+
+def _differentiate(operator: Any, adjoint: Any, places: tuple[int, ...], count: int) -> None:
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = (output,) if count == 1 else tuple(output)
+        tensors = [each for each in inputs if isinstance(each, torch.Tensor)]
+        ctx.save_for_backward(*outputs, *tensors)
+        ctx.rest = tuple(None if isinstance(each, torch.Tensor) else (each,) for each in inputs)
+
+    def differentiate(ctx: Any, *grads: torch.Tensor | None) -> Gradients:
+        outputs, tensors = ctx.saved_tensors[:count], iter(ctx.saved_tensors[count:])
+        inputs = tuple(next(tensors) if each is None else each[0] for each in ctx.rest)
+        found = adjoint(*grads, *outputs, *inputs)
+        found = (found,) if len(places) == 1 else found
+        gradients: list[torch.Tensor | None] = [None] * len(inputs)
+        for place, gradient in zip(places, found, strict=True):
+            gradients[place] = gradient if isinstance(inputs[place], torch.Tensor) else None
+        return tuple(gradients)
+
+    operator.register_autograd(differentiate, setup_context=remember)
