@@ -30,6 +30,8 @@ from attnreg.naming import check_base, parse
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from attnreg.kernel import Kernel
+
 
 class Listener(Protocol):
     """Something that keeps what it looked up and must forget it when it changes."""
@@ -45,6 +47,7 @@ class _Halves:
     attention: Callable[..., Any] | None = None
     mask: Callable[..., Any] | None = None
     supports: Capabilities = field(default_factory=Capabilities)
+    kernel: Kernel | None = None
 
 
 class Registry:
@@ -128,7 +131,8 @@ class Registry:
             NameTakenError: the name belongs to someone else and *replace* is False.
         """
         check_record(backend, _qualified(getattr(backend, "attention", backend)))
-        self._write(backend.name, _Halves(backend.attention, backend.mask, backend.supports), replace=replace)
+        halves = _Halves(backend.attention, backend.mask, backend.supports, backend.kernel)
+        self._write(backend.name, halves, replace=replace)
 
     def add_attention(
         self,
@@ -202,9 +206,11 @@ class Registry:
         mask = halves.mask or (beneath.mask if beneath else None)
         if attention is None or mask is None:
             raise _missing_half(name, halves)
-        supports = halves.supports if halves.attention or not beneath else beneath.supports
+        whose = halves if halves.attention or not beneath else beneath
         origin = Origin("user", _owner(halves).removeprefix("user code (").removesuffix(")"))
-        return Backend(name=name, attention=attention, mask=mask, supports=supports, origin=origin)
+        return Backend(
+            name=name, attention=attention, mask=mask, supports=whose.supports, kernel=whose.kernel, origin=origin
+        )
 
     def _from_finder(self, name: str) -> Backend | None:
         if name not in self._found:
@@ -220,7 +226,7 @@ class Registry:
             if not replace and (owner := self._conflict(name, old, new)):
                 raise NameTakenError(name, owner, _owner(new), may_replace=True)
             if old is not None and new.attention is None:
-                new = _Halves(old.attention, new.mask, old.supports)
+                new = _Halves(old.attention, new.mask, old.supports, old.kernel)
             elif old is not None and new.mask is None:
                 new.mask = old.mask
             self._halves[name] = new

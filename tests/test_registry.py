@@ -368,3 +368,16 @@ def test_reading_while_others_write(registry: Registry) -> None:
         sys.setswitchinterval(interval)
     assert errors == []
     assert interface["shared"].__wrapped__ is registry.get("shared").attention
+
+
+def test_a_registered_record_keeps_its_kernel() -> None:
+    """What says where the kernel is from goes with the attention function: a mask put over it changes nothing."""
+    kernel = attnreg.Kernel(distribution="no-such-kernel", module="no_such_kernel")
+    registry = attnreg.Registry()
+    registry.add(attnreg.Backend(name="mine", attention=attention, mask=formatter, kernel=kernel))
+    assert registry.get("mine").kernel is kernel
+    assert [reason.code for reason in registry.get("mine").reasons(attnreg.Request())] == ["kernel_missing"]
+    registry.add_mask("mine", lambda **kwargs: None, replace=True)
+    assert registry.get("mine").kernel is kernel
+    registry.add_attention("mine", lambda *args, **kwargs: None, replace=True)
+    assert registry.get("mine").kernel is None
