@@ -33,7 +33,7 @@ LAYERS = (
     ("reference", "builtin"),
     ("compat", "functional"),
     ("routing", "nn"),
-    ("integrations", "testing"),
+    ("integrations", "testing", "bench"),
     ("cli",),
     ("__main__",),
 )
@@ -58,11 +58,12 @@ EXTERNAL = {
     "rich": {"cli"},
     "einops": {"reference", "routing"},
     "PIL": {"masks"},
+    "matplotlib": {"bench"},
     "hypothesis": {"testing"},
     "pytest": {"testing"},
     "torch": {
         *("masks", "reference", "builtin", "integrations", "cli", "guard", "fitting", "kernel"),
-        *("compat", "functional", "routing", "nn", "testing"),
+        *("compat", "functional", "routing", "nn", "testing", "bench"),
     },
 }
 """Who may import what from outside; `guard` and `fitting` do so inside functions, for a call that has tensors."""

@@ -1,4 +1,4 @@
-"""The command `attnreg`: what is here, does it work, why is it refused, and a demonstration.
+"""The command `attnreg`: what is here, does it work, why is it refused, how fast is it, and a demonstration.
 
 Exit codes: 0 all is well; 1 the answer is no (a backend is broken, nothing can serve the request); 2 the question was
 wrong (an unknown name, a bad option, a missing package).
@@ -91,6 +91,49 @@ def verify(
         name, device=device, dtypes=dtype, quick=quick, as_json=as_json, html=html, markdown=markdown
     )
     raise typer.Exit(0 if held else NO)
+
+
+@app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Backends; by default all that can serve the call.")] = None,
+    *,
+    device: Annotated[str | None, typer.Option(help="Such as cuda; by default the accelerator, else the CPU.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="By default bfloat16, and float32 on the CPU.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Sequence lengths, such as 512,1024,2048.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows of the batch.", min=1)] = 1,
+    heads: Annotated[str, typer.Option(help="Query heads, or query/key-value heads.")] = "32/8",
+    head_dim: Annotated[int, typer.Option(help="Head dimension.", min=1)] = 128,
+    causal: Annotated[
+        bool, typer.Option("--causal/--no-causal", help="Whether keys behind a query are hidden.")
+    ] = True,
+    backward: Annotated[bool, typer.Option("--backward", help="Time forward and backward pass together.")] = False,
+    padding: Annotated[float, typer.Option(help="Share of the batch that is padding, such as 0.3.")] = 0.0,
+    repeats: Annotated[int | None, typer.Option(help="Timed rounds; by default as many as fit.", min=1)] = None,
+    plot: Annotated[list[Path] | None, typer.Option(help="Draw a .png or .svg of it too; repeatable.")] = None,
+    read: Annotated[Path | None, typer.Option(help="Measure nothing: show what --json has printed before.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time backends against each other, at several lengths, in one interleaved run."""
+    from attnreg.cli import measurement
+
+    if read is not None:
+        raise typer.Exit(0 if measurement.reread(read, plot or [], as_json=as_json) else NO)
+    agreed = measurement.run(
+        names or [],
+        device=device,
+        dtype=dtype,
+        lengths=lengths,
+        batch=batch,
+        heads=heads,
+        head_dim=head_dim,
+        is_causal=causal,
+        backward=backward,
+        padding=padding,
+        repeats=repeats,
+        plots=plot or [],
+        as_json=as_json,
+    )
+    raise typer.Exit(0 if agreed else NO)
 
 
 @app.command()

@@ -31,7 +31,7 @@ def request_of(
         if unknown := sorted(set(words or ()) - known):
             message = f"{', '.join(unknown)}: choose from {', '.join(sorted(known))}"
             raise typer.BadParameter(message, param_hint=option)
-    query_heads, kv_heads = _heads(heads)
+    query_heads, kv_heads = heads_of(heads) if heads is not None else (None, None)
     needs: dict[str, Any] = dict.fromkeys(need or (), True)
     return Request(
         device=device,
@@ -78,9 +78,8 @@ def _verdict(candidate: Candidate, name: str) -> tuple[str, str]:
     return ("refused", "\n".join(against)) if against else ("can serve", "")
 
 
-def _heads(text: str | None) -> tuple[int | None, int | None]:
-    if text is None:
-        return None, None
+def heads_of(text: str) -> tuple[int, int]:
+    """Read `32` or `32/8`: query heads, and key/value heads; anything else is a usage error."""
     query_heads, _, kv_heads = text.partition("/")
     try:
         return int(query_heads), int(kv_heads or query_heads)
