@@ -97,14 +97,14 @@ def varlen(options: Options) -> Kernel:
 
 def flash_attention_2(options: Options) -> Kernel:
     """Call flash-attn 2."""
-    from flash_attn import flash_attn_func  # type: ignore[import-not-found]
+    from flash_attn.flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]
 
     return lambda given: flash_attn_func(*given, causal=options.is_causal)  # type: ignore[no-any-return]
 
 
 def flash_attention_2_sequences(options: Options) -> Kernel:
     """Call flash-attn 2 on sequences."""
-    from flash_attn import flash_attn_varlen_func
+    from flash_attn.flash_attn_interface import flash_attn_varlen_func
 
     fixed = {"causal": options.is_causal, **options.bounds}
     return lambda given: flash_attn_varlen_func(*given, **fixed)  # type: ignore[no-any-return]
