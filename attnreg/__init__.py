@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from attnreg import compat, masks, nn, reference
     from attnreg.backend import API, NO_MASK, AttentionFunction, Backend, MaskFormatter, Origin
-    from attnreg.capabilities import STRUCTURES, Capabilities, Reason, Request
+    from attnreg.capabilities import Capabilities, Reason, Request
     from attnreg.default import default_registry
     from attnreg.errors import (
         ApiMismatchError,
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from attnreg.registry import Registry
     from attnreg.routing import attention_forward
     from attnreg.selection import Explanation, explain, get, names, resolve, use
+    from attnreg.vocabulary import STRUCTURES
 
 __version__: Final = "0.1.0"
 
@@ -113,7 +114,7 @@ __all__ = [
 
 _HOMES: Final = {
     "backend": ("API", "NO_MASK", "AttentionFunction", "Backend", "MaskFormatter", "Origin"),
-    "capabilities": ("STRUCTURES", "Capabilities", "Reason", "Request"),
+    "capabilities": ("Capabilities", "Reason", "Request"),
     "default": ("default_registry",),
     "functional": ("attention",),
     "kernel": ("Kernel",),
@@ -122,6 +123,7 @@ _HOMES: Final = {
     "registry": ("Registry",),
     "selection": ("Explanation", "explain", "get", "names", "resolve", "use"),
     "compat": ("compat",),
+    "vocabulary": ("STRUCTURES",),
     "masks": ("masks",),
     "nn": ("nn",),
     "reference": ("reference",),

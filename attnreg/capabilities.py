@@ -12,28 +12,13 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from attnreg.errors import InvalidInputError
+from attnreg.vocabulary import FEATURES, STRUCTURES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
 _DEVICE: Final = re.compile(r"[a-z][a-z0-9_]*")
 _DTYPE: Final = re.compile(r"(b?float|u?int|complex)[0-9][0-9a-z_]*|bool")
-
-STRUCTURES: Final = frozenset(
-    {
-        "causal",
-        "bidirectional",
-        "padding",
-        "sliding_window",
-        "chunked",
-        "documents",
-        "blocks",
-        "prefix",
-        "opaque",
-        "per_head",
-    }
-)
-"""The mask structures that a request can name and a backend can declare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +70,10 @@ class Capabilities:
         lse: can return the log-sum-exp of the scores.
         weights: can return the attention weights.
         backward: gradients flow. True unless said otherwise, as in every function written in PyTorch.
+        exclusive: groups of the features above, and `"backward"`, that do not go together, such as
+            `{("softcap", "dropout")}`.
         lossy: quantised, so its error is above that of the dtype; `auto` leaves it out unless allowed.
+        lossy_error: with `lossy`, what the root mean square of its error stays within, over that of the result.
         priority: `auto` prefers the larger; `eager` has 10 and `sdpa` 50.
         on: what holds instead on one device type, such as `{"cpu": {"dropout": False}}`; see `at`.
     """
@@ -111,7 +99,9 @@ class Capabilities:
     lse: bool = False
     weights: bool = False
     backward: bool = True
+    exclusive: tuple[tuple[str, ...], ...] = ()
     lossy: bool = False
+    lossy_error: float = 0.05
     priority: int = 0
     on: Mapping[str, Mapping[str, Any]] | tuple[tuple[str, Any], ...] = ()
 
@@ -120,6 +110,12 @@ class Capabilities:
         for field in ("devices", "dtypes", "structures"):
             object.__setattr__(self, field, _names(field, getattr(self, field)))
         _check_structures(self.structures or ())
+        groups = tuple(sorted(tuple(sorted(group)) for group in self.exclusive))
+        object.__setattr__(self, "exclusive", groups)
+        if unknown := {feature for group in groups for feature in group} - FEATURES.keys():
+            raise InvalidInputError("exclusive", _listed(unknown), f"groups of {_listed(FEATURES)}")
+        if not (isinstance(self.lossy_error, float) and 0 < self.lossy_error < 1):
+            raise InvalidInputError("lossy_error", repr(self.lossy_error), "a share between 0 and 1, such as 0.05")
         for device in self.devices or ():
             _check_word("a device", device, _DEVICE, "a device type, such as cpu or cuda")
         for dtype in self.dtypes or ():
@@ -207,30 +203,6 @@ class Request:
         return replace(request, **needs)
 
 
-FEATURES: Final[dict[str, tuple[str, str]]] = {
-    "is_causal": (
-        "causality by flag, without a mask",
-        "Build the mask with the backend's own formatter, which puts causality into it.",
-    ),
-    "sliding_window": (
-        "the keyword sliding_window without a mask",
-        "Build the mask with the backend's own formatter, which puts the window into it.",
-    ),
-    "softcap": ("softcap", "Choose a backend with softcap, such as eager."),
-    "sinks": ("sink logits (s_aux)", "Choose a backend with sinks, such as eager."),
-    "position_bias": ("a position bias", "Choose a backend with position_bias, such as eager."),
-    "alibi": ("a position bias that is ALiBi", "Choose a backend with position_bias, such as eager."),
-    "dropout": ("dropout", "Set the dropout to 0, or choose a backend with dropout, such as eager."),
-    "packing": ("cu_seq_lens without a mask", "Build the mask from position_ids with the backend's own formatter."),
-    "paged": ("a paged key/value cache", "Choose a paged backend."),
-    "sparse": ("keys selected by indices or block_indices", "Choose a sparse backend, or the model's own attention."),
-    "lse": ("the log-sum-exp", "Choose a backend that returns it."),
-    "weights": ("the attention weights", "Choose a backend that returns them, such as eager."),
-    "backward": ("gradients", "Run it under torch.no_grad(), or choose a backend with a backward pass."),
-}
-"""Features that are either there or not: how a reason names each, and what to do without it."""
-
-
 def reasons(supports: Capabilities, request: Request) -> list[Reason]:
     """Everything that keeps a backend with these capabilities from serving *request*; empty if nothing does."""
     supports = supports.at(request.device)
@@ -283,6 +255,12 @@ def _features(supports: Capabilities, request: Request) -> Iterator[Reason]:
             yield Reason(
                 feature, wanted, "not declared", f"{fix} A backend that can says so: Capabilities({feature}=True)."
             )
+
+    for group in supports.exclusive:
+        if all(getattr(request, feature) for feature in group):
+            names = [FEATURES[feature][0] for feature in group]
+            one = "each of them alone"
+            yield Reason("exclusive", " beside ".join(names), one, "Do without one of them, or choose another backend.")
 
 
 def reluctance(supports: Capabilities, request: Request) -> list[Reason]:

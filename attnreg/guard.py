@@ -1,7 +1,6 @@
 """The guard between a model and a backend: what is not declared is refused before any compute.
 
-`KEYWORDS` is the one table that says which keyword arguments carry semantics. Models pass many more (`use_cache`,
-`position_ids`, …); those change nothing about the result and pass through.
+`attnreg.keywords` says which keyword arguments carry semantics.
 
 The guard is built once, when a backend is registered. On the call path it is a loop over the keywords that the call
 brings, and comparisons of shapes for the limits that the backend declares; only a call that trips one of them is
@@ -17,71 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, cas
 
 from attnreg.capabilities import Capabilities, Request, reasons
 from attnreg.errors import InvalidInputError, UnsupportedError
+from attnreg.keywords import COUNTS_AS_ZERO, FOREIGN, IN_THE_MASK, KEYWORDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     Check = Callable[[Capabilities, "_Call"], bool]
-
-KEYWORDS: Final[Mapping[str, str]] = {
-    "dropout": "dropout",
-    "sliding_window": "sliding_window",
-    "softcap": "softcap",
-    "s_aux": "sinks",
-    "position_bias": "position_bias",
-    "cu_seq_lens_q": "packing",
-    "cu_seq_lens_k": "packing",
-    "cache": "paged",
-    "block_table": "paged",
-    "indices": "sparse",
-    "block_indices": "sparse",
-    "return_lse": "lse",
-    "output_attentions": "weights",
-}
-"""Keyword of an attention function → the capability it needs. `scaling` every backend honours; `is_causal` has rules of
-its own, because it counts also when nobody passes it."""
-
-FOREIGN: Final[Mapping[str, str]] = {
-    "scale": "scaling",
-    "softmax_scale": "scaling",
-    "sm_scale": "scaling",
-    "dropout_p": "dropout",
-    "attn_mask": "attention_mask",
-    "key_padding_mask": "attention_mask, from the backend's formatter",
-    "head_mask": "nothing: no backend masks heads",
-    "attn_bias": "position_bias",
-    "alibi_slopes": "position_bias",
-    "window_size": "sliding_window",
-    "sinks": "s_aux",
-    "logits_soft_cap": "softcap",
-    "cu_seqlens_q": "cu_seq_lens_q",
-    "cu_seqlens_k": "cu_seq_lens_k",
-    "block_tables": "block_table",
-    "page_table": "block_table",
-    "return_softmax_lse": "return_lse",
-    "return_attn_probs": "output_attentions",
-    "q_descale": "nothing: scale the inputs",
-    "causal": "is_causal",
-    "mask": "attention_mask, from the backend's formatter",
-    "block_mask": "attention_mask, from flex_attention's formatter",
-    "mask_mod": "mask_function, given to the backend's formatter",
-    "score_mod": "softcap and position_bias; no backend takes other functions of the scores",
-    "bias": "position_bias",
-    "attention_bias": "position_bias",
-    "softmax_cap": "softcap",
-    "soft_cap": "softcap",
-    "logit_softcap": "softcap",
-    "attn_logit_softcapping": "softcap",
-    "attention_dropout": "dropout",
-    "need_weights": "output_attentions",
-}
-"""What other libraries call these. A function that does not name such a keyword itself would swallow it unread."""
-
-_COUNTS_AS_ZERO: Final = frozenset({"causal", "scale", "softmax_scale", "sm_scale"})
-"""Words of other libraries of which 0 and False say something."""
-
-_IN_THE_MASK: Final = frozenset({"sliding_window", "packing"})
-"""A mask that is a tensor is complete: with one at hand, these keywords repeat what it already says."""
 
 _LIMITS: Final[tuple[tuple[Callable[[Capabilities], bool], Check], ...]] = (
     (lambda can: not can.grouped_query, lambda _, call: call.query.shape[1] != call.key.shape[1]),
@@ -99,6 +39,7 @@ _LIMITS: Final[tuple[tuple[Callable[[Capabilities], bool], Check], ...]] = (
     ),
     (lambda can: not can.backward, lambda _, call: _wants_gradients(call)),
     (lambda can: not can.is_causal, lambda _, call: _wants_flag(call)),
+    (lambda can: bool(can.exclusive), lambda can, call: any(_all_asked(group, call) for group in can.exclusive)),
 )
 """For each limit: whether a backend declares it, and whether a call may exceed it. `reasons` has the last word."""
 
@@ -229,6 +170,8 @@ class Guarded(ByName):
             for keyword in KEYWORDS.keys() & kwargs.keys()
             if _is_asked(keyword, kwargs[keyword], query, key, attention_mask)
         }
+        if self._supports.alibi and not self._supports.position_bias and asked.pop("position_bias", False):
+            asked["alibi"] = True  # or else the function says that it is not
         call = _Call(module, query, key, value, attention_mask, kwargs)
         asked["is_causal"] = _wants_flag(call)
         request = Request.of(query, key, value, backward=_wants_gradients(call), **asked)
@@ -278,7 +221,7 @@ def _means_something(keyword: str, value: Any) -> bool:
         return False
     if isinstance(value, tuple | list):
         return any(each not in (-1, None) for each in value)
-    return keyword in _COUNTS_AS_ZERO or not (isinstance(value, int | float) and value == 0)
+    return keyword in COUNTS_AS_ZERO or not (isinstance(value, int | float) and value == 0)
 
 
 def _whole(default: Any) -> Any:
@@ -290,7 +233,7 @@ def _is_asked(keyword: str, value: Any, query: Any, key: Any, attention_mask: An
     """Whether the keyword's value changes the result: None, False and 0 do not, nor a window that all keys are in."""
     if value is None or value is False:
         return False
-    if KEYWORDS[keyword] in _IN_THE_MASK and attention_mask is not None:
+    if KEYWORDS[keyword] in IN_THE_MASK and attention_mask is not None:
         return False
     if not isinstance(value, int | float):
         return True
@@ -308,6 +251,20 @@ def _cast(dtypes: frozenset[str], query: Any, key: Any, value: Any) -> tuple[Any
         if torch.is_autocast_enabled(device) and str(dtype).removeprefix("torch.") in dtypes:
             return query.to(dtype), key.to(dtype), value.to(dtype)
     return query, key, value
+
+
+def _all_asked(features: tuple[str, ...], call: _Call) -> bool:
+    """Whether the call asks for each of the features."""
+    asked = [
+        KEYWORDS[keyword]
+        for keyword, value in call.kwargs.items()
+        if keyword in KEYWORDS and _asks(call, keyword, value)
+    ]
+    return all(_wants_gradients(call) if feature == "backward" else feature in asked for feature in features)
+
+
+def _asks(call: _Call, keyword: str, value: Any) -> bool:
+    return _is_asked(keyword, value, call.query, call.key, call.attention_mask)
 
 
 def _wants_flag(call: _Call) -> bool:

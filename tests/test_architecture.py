@@ -17,6 +17,7 @@ PACKAGE = Path(attnreg.__file__).parent
 LAYERS = (
     ("errors",),
     ("naming",),
+    ("keywords", "vocabulary"),
     ("capabilities", "settings"),
     ("kernel",),
     ("guard",),

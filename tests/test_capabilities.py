@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import attnreg
 from attnreg import Capabilities, InvalidInputError, Request
-from attnreg.capabilities import FEATURES, STRUCTURES, reasons, reluctance
+from attnreg.capabilities import reasons, reluctance
+from attnreg.vocabulary import FEATURES, STRUCTURES
 
 EVERYTHING = Capabilities(
     value_head_dim=True,

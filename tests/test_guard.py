@@ -7,7 +7,8 @@ import torch
 from doubles import CAUSAL, FREE, attention
 
 from attnreg import NO_MASK, Backend, Capabilities, InvalidInputError, UnsupportedError, masks
-from attnreg.guard import FOREIGN, KEYWORDS, guard
+from attnreg.guard import guard
+from attnreg.keywords import FOREIGN, KEYWORDS
 from attnreg.masks import sdpa_mask
 
 VALUES = {

@@ -10,7 +10,7 @@ from doubles import BUILTIN
 
 import attnreg
 from attnreg import AttnregError, UnsupportedError, reference
-from attnreg.guard import FOREIGN, KEYWORDS
+from attnreg.keywords import FOREIGN, KEYWORDS
 
 CUDA = torch.cuda.is_available()
 DEVICES = ["cpu", *(["cuda"] if CUDA else [])]

@@ -9,11 +9,12 @@ from typing import Any
 
 import typer
 
-from attnreg.capabilities import FEATURES, STRUCTURES, Request
+from attnreg.capabilities import Request
 from attnreg.cli.output import console, print_json, print_table
 from attnreg.default import default_registry
 from attnreg.naming import AUTO
 from attnreg.selection import Candidate, explain
+from attnreg.vocabulary import FEATURES, STRUCTURES
 
 
 def request_of(

@@ -19,8 +19,8 @@ from attnreg.builtin.inputs import (
     scaled,
 )
 from attnreg.builtin.sinks import damped, without_gradient
-from attnreg.compat import alibi, flash
-from attnreg.compat.graph import graph_op
+from attnreg.compat import alibi, flash, pages
+from attnreg.compat.graph import graph_op, rerun
 from attnreg.masks.extent import readable, tracing
 
 __all__ = [
@@ -35,8 +35,10 @@ __all__ = [
     "flash",
     "graph_op",
     "nothing",
+    "pages",
     "readable",
     "refuse_vmap",
+    "rerun",
     "scaled",
     "tracing",
     "without_gradient",

@@ -13,6 +13,8 @@ import torch
 
 from attnreg.builtin.inputs import causality, check_inputs, refuse_vmap, scaled
 from attnreg.builtin.sequences import in_sequences, mask_of, padded_lse
+from attnreg.builtin.sinks import without_gradient as without
+from attnreg.masks.extent import tracing
 
 if TYPE_CHECKING:
     from attnreg.builtin.inputs import Sizes
@@ -151,6 +153,20 @@ def prepared(
         sizes=sizes,
         value_head_dim=value_head_dim,
     )
+
+
+def without_gradient(lse: torch.Tensor, output: torch.Tensor, name: str) -> torch.Tensor:
+    """Return a log-sum-exp through which the kernel lets no gradient flow: asking for one raises.
+
+    Args:
+        lse: as the kernel returned it.
+        output: what came with it.
+        name: the backend's, for errors.
+    """
+    lse = lse.detach()
+    if tracing() or not (torch.is_grad_enabled() and output.requires_grad):
+        return lse
+    return without(lse, output, name)
 
 
 def _multiple(number: int, of: int) -> int:

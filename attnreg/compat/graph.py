@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from attnreg.errors import InvalidInputError
+from attnreg.capabilities import Reason
+from attnreg.errors import InvalidInputError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -129,3 +130,41 @@ def _differentiate(operator: Any, adjoint: Any, places: tuple[int, ...], count: 
         return tuple(gradients)
 
     operator.register_autograd(differentiate, setup_context=remember)
+
+
+def rerun(
+    function: Callable[..., Tensors], places: Sequence[int]
+) -> Callable[[Gradients, Tensors, tuple[Any, ...]], Gradients]:
+    """Make a *backward* for `graph_op` of a function that is differentiable itself, by computing it once more.
+
+    For kernels that publish no backward pass. The function must hand its arguments to an autograd function of the
+    kernel's as they are: inside of an operator, torch keeps no account of its own operations.
+
+    Args:
+        function: `(*args) -> tuple of tensors`.
+        places: which arguments have gradients.
+
+    Raises:
+        UnsupportedError: inside of the backward pass, if the results have none.
+    """
+
+    def backward(grads: Gradients, _: Tensors, args: tuple[Any, ...]) -> Gradients:
+        given = list(args)
+        for place in places:
+            given[place] = args[place].detach().requires_grad_()
+        with torch.enable_grad():
+            found = function(*given)
+        pairs = [
+            (output, grad)
+            for output, grad in zip(found, grads, strict=True)
+            if output.requires_grad and grad is not None
+        ]
+        if not pairs:
+            fix = "Call it outside of a compiled graph, or choose another backend."
+            reason = Reason("backward", "gradients in a graph", "a kernel that is an autograd function", fix)
+            raise UnsupportedError(getattr(function, "__qualname__", "the kernel"), [reason])
+        leaves = [given[place] for place in places]
+        outputs, gradients = zip(*pairs, strict=True)
+        return torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
+
+    return backward

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
-from attnreg.capabilities import STRUCTURES
+from attnreg.vocabulary import STRUCTURES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -32,7 +32,7 @@ class Case:
         scaling: the keyword.
         softcap: the keyword.
         sinks: whether there are sink logits.
-        bias: a position bias, of one of these shapes.
+        bias: a position bias, of one of these shapes; or `"alibi"`, a slope for each head times the distance.
         layout: how the inputs lie in memory: `"transposed"`, `"sliced"`, `"strided"`, `"expanded"`; with a name behind
             it, such as `"sliced key"`, that one alone.
         backward: gradients are wanted.

@@ -10,6 +10,8 @@ from attnreg import Request, masks
 from attnreg.testing.patterns import Rows
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from attnreg.testing.case import Case
     from attnreg.testing.subject import Subject
 
@@ -65,7 +67,7 @@ def inputs_of(case: Case, subject: Subject) -> Inputs:
         function=function,
         real=real,
         ready=_ready(case, generator, subject),
-        bias=normal(*_score_shape(case, case.bias)) if case.bias else None,
+        bias=_bias(case, normal, subject) if case.bias else None,
         sinks=normal(case.heads) if case.sinks else None,
         starts=starts_of(case, subject.device),
     )
@@ -108,7 +110,8 @@ def request_of(case: Case, inputs: Inputs) -> Request:
         sliding_window=unmasked and window is not None and case.kv_length > window,
         softcap=case.softcap is not None,
         sinks=case.sinks,
-        position_bias=bool(case.bias),
+        position_bias=bool(case.bias) and case.bias != "alibi",
+        alibi=case.bias == "alibi",
         lse=case.lse,
         weights=case.weights,
         backward=case.backward,
@@ -155,6 +158,15 @@ def _ready(case: Case, generator: torch.Generator, subject: Subject) -> torch.Te
     lowest = float("-inf") if case.ready == "-inf" else torch.finfo(subject.dtype).min
     added = torch.randn(shape, generator=generator).to(subject.dtype)
     return added.masked_fill(~allowed, lowest).to(subject.device)
+
+
+def _bias(case: Case, normal: Callable[..., torch.Tensor], subject: Subject) -> torch.Tensor:
+    if case.bias != "alibi":
+        return normal(*_score_shape(case, case.bias))
+    slopes = 2.0 ** -torch.arange(1, case.heads + 1, device=subject.device)
+    queries = torch.arange(case.kv_length - case.q_length, case.kv_length, device=subject.device)
+    distances = (queries[:, None] - torch.arange(case.kv_length, device=subject.device)).abs()
+    return (-slopes[:, None, None] * distances)[None].to(subject.dtype)
 
 
 def _score_shape(case: Case, kind: str) -> tuple[int, int, int, int]:

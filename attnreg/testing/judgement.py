@@ -168,7 +168,7 @@ def distance(
 ) -> Measured:
     """Measure *got* against the oracle as the backend is to be judged: to rounding, or as a quantised one."""
     if subject.supports.lossy:
-        return measured_lossy(got, right, scale)
+        return measured_lossy(got, right, scale, subject.supports.lossy_error)
     return measured(got, right, low, scale, factor)
 
 
@@ -227,7 +227,8 @@ def _refusal(subject: Subject, case: Case, inputs: Inputs, why: str, keywords: d
             problem = f"it raised {type(error).__name__} ({_first_line(error)}) in place of UnsupportedError"
             raise BrokenError(problem, case) from error
         raise BrokenError(f"it computed something although it does not declare it ({why})", case)
-    if entered:
+    looks_itself = bool(case.bias) and subject.supports.alibi  # at which position bias it is
+    if entered and not looks_itself:
         raise BrokenError("its function was entered before the call was refused", case)
     return Refused(declared=True, why=why)
 

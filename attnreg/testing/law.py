@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hypothesis import strategies as st
 
-from attnreg.capabilities import STRUCTURES
 from attnreg.testing.judgement import Finding, agrees
+from attnreg.vocabulary import STRUCTURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -54,6 +54,8 @@ class Law:
         supports = subject.backend.supports.at(subject.device.type)  # the record's own word, also with NO_MASK
         if self.feature in STRUCTURES:
             return None if supports.structures is None else self.feature in supports.structures
+        if self.feature == "alibi" and supports.position_bias:
+            return True
         return bool(getattr(supports, self.feature))
 
 
@@ -72,7 +74,14 @@ def at_once(subject: Subject, **changes: Any) -> Case:
         "kv_heads": 2 if can.grouped_query else 4,
         "value_head_dim": subject.other_head_dims[0] if can.value_head_dim else 0,
     }
-    return subject.case(**asked | changes)
+    asked |= changes
+    wanted = {"bias": "position_bias"}
+    for group in can.exclusive:
+        names = {wanted.get(name, name): name for name in asked if asked[name]}
+        spare = [name for feature, name in names.items() if feature in group and name not in changes]
+        if spare and all(feature in names for feature in group):
+            del asked[spare[0]]
+    return subject.case(**asked)
 
 
 def drawn(subject: Subject, **fields: SearchStrategy[Any]) -> SearchStrategy[Case]:

@@ -26,8 +26,6 @@ BACKWARD: Final = 3.0
 """The same for gradients: kernels compute the weights a second time, so a third rounding comes in."""
 UNITS: Final = 2
 """Units in the last place, of the largest magnitude, on top of that."""
-LOSSY: Final = 0.05
-"""For backends that declare `lossy`: root mean square of the error over that of the oracle's result."""
 
 
 class Measured(NamedTuple):
@@ -108,8 +106,10 @@ def measured(
     return Measured(error, factor * own + UNITS * torch.finfo(low.dtype).eps * magnitude)
 
 
-def measured_lossy(got: torch.Tensor, right: torch.Tensor, magnitude: float) -> Measured:
+def measured_lossy(got: torch.Tensor, right: torch.Tensor, magnitude: float, allowed: float) -> Measured:
     """Measure the root mean square of the error over that of the result, for a quantised backend.
+
+    *allowed* is the share that it declares.
 
     Where the oracle's result is 0 throughout, as a gradient can be whose terms cancel, the error is measured over
     *magnitude*, that of these terms.
@@ -118,8 +118,8 @@ def measured_lossy(got: torch.Tensor, right: torch.Tensor, magnitude: float) -> 
         return Measured(0.0, 0.0)
     error, size = (each.square().mean().sqrt() for each in (got.detach().double() - right, right))
     if float(size) <= torch.finfo(torch.float64).eps * magnitude:  # nothing that a share could be taken of
-        return Measured(float(error.nan_to_num(float("inf"))), LOSSY * magnitude)
-    return Measured(float((error / size).nan_to_num(float("inf"))), LOSSY)
+        return Measured(float(error.nan_to_num(float("inf"))), allowed * magnitude)
+    return Measured(float((error / size).nan_to_num(float("inf"))), allowed)
 
 
 def _largest(difference: torch.Tensor) -> float:

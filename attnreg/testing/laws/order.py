@@ -20,7 +20,7 @@ from attnreg.testing.judgement import (
     within,
 )
 from attnreg.testing.law import MASKED, Law
-from attnreg.testing.tolerance import LOSSY, Measured, low_precision, measured, oracle
+from attnreg.testing.tolerance import Measured, low_precision, measured, oracle
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,7 +40,9 @@ def _same(subject: Subject, case: Case, result: Computed, other: torch.Tensor, w
     scale = magnitude(result.inputs.value)
     own = measured(other[rows], result.output.detach()[rows].double(), low[rows], scale)
     allowed = (
-        LOSSY * scale if subject.supports.lossy else measured(low[rows], right.output[rows], low[rows], scale).allowed
+        subject.supports.lossy_error * scale
+        if subject.supports.lossy
+        else measured(low[rows], right.output[rows], low[rows], scale).allowed
     )
     return Finding(found=within(Measured(own.error, 2 * allowed), case, what), seconds=result.seconds)
 

@@ -212,6 +212,18 @@ LAWS: Final = (
         needs=MASKED,
     ),
     Law(
+        name="alibi",
+        says="A position bias that is a slope for each head times the distance of query and key is added as it is.",
+        remedy="Declare alibi=False, or mind the sign, and that the last query is at the last key's position.",
+        table=lambda subject: [
+            subject.case(bias="alibi", pattern=pattern, q_length=length)
+            for pattern in (patterns.CAUSAL, patterns.EVERYTHING)
+            for length in (9, 5, 1)
+        ],
+        feature="alibi",
+        needs=MASKED,
+    ),
+    Law(
         name="together",
         says="All that is declared holds at once: scale, cap, bias, sinks, groups, Dv != D and padding in one call.",
         remedy="Each holds alone, so look for one that is dropped beside another.",
