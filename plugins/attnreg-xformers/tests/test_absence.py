@@ -1,5 +1,7 @@
 """What is said where xFormers is not, or cannot be imported."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from cpu_kernels import on_cpu, on_the_cpu
@@ -7,7 +9,7 @@ from cpu_kernels import on_cpu, on_the_cpu
 import attnreg
 
 
-def test_absent_kernel(tmp_path) -> None:
+def test_absent_kernel(tmp_path: Path) -> None:
     """Without xFormers the backend says so; where flash-attn-4 breaks its import, it says that, and what helps."""
     with on_cpu(tmp_path), pytest.raises(attnreg.KernelError, match="pip install xformers") as error:
         on_the_cpu("xformers").call(None, *torch.randn(3, 1, 2, 4, 16), None)

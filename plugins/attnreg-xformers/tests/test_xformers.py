@@ -1,6 +1,8 @@
 """What the adapter hands to xFormers, and what it refuses; on a reference of xFormers' functions on the CPU."""
 
+import importlib
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,15 +13,29 @@ from attnreg import masks, reference
 
 pytestmark = pytest.mark.usefixtures("kernels_on_cpu")
 
-CLOSE = {"rtol": 0, "atol": 2e-2}
+CLOSE: dict[str, Any] = {"rtol": 0, "atol": 2e-2}
 
 
-def backend():
+def fmha() -> Any:
+    """Return the reference's module."""
+    return importlib.import_module("xformers.ops.fmha")
+
+
+def backend() -> attnreg.Backend:
     """Return the backend, for the CPU."""
     return on_the_cpu("xformers")
 
 
-def inputs(batch=2, heads=(4, 2), queries=9, keys=9, head_dims=(16, 16), dtype=torch.bfloat16, *, learned=False):
+def inputs(
+    *,
+    batch: int = 2,
+    heads: tuple[int, int] = (4, 2),
+    queries: int = 9,
+    keys: int = 9,
+    head_dims: tuple[int, int] = (16, 16),
+    dtype: torch.dtype = torch.bfloat16,
+    learned: bool = False,
+) -> list[torch.Tensor]:
     """Return random query, key and value."""
     generator = torch.Generator().manual_seed(3)
     shapes = [
@@ -30,7 +46,7 @@ def inputs(batch=2, heads=(4, 2), queries=9, keys=9, head_dims=(16, 16), dtype=t
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_(learned) for shape in shapes]
 
 
-def padded(batch=2, keys=9):
+def padded(batch: int = 2, keys: int = 9) -> torch.Tensor:
     """Return a padding mask: three pads on the left of the first row, two on the right of the second."""
     real = torch.ones(batch, keys, dtype=torch.bool)
     real[0, :3] = False
@@ -38,12 +54,13 @@ def padded(batch=2, keys=9):
     return real
 
 
-def expected(tensors, mask_function, real=None, **keywords):
+def expected(tensors: list[torch.Tensor], mask_function: Any, real: torch.Tensor | None = None) -> reference.Reference:
     """Return the oracle's answer."""
-    return reference.attention(*(each.detach() for each in tensors), mask_function, real, **keywords)
+    query, key, value = (each.detach() for each in tensors)
+    return reference.attention(query, key, value, mask_function, real)
 
 
-CASES = {
+CASES: dict[str, tuple[Any, torch.Tensor | None, str]] = {
     "nothing": (masks.bidirectional(), None, "NoneType"),
     "causal": (masks.causal(), None, "LowerTriangularFromBottomRightMask"),
     "window": (masks.causal() & masks.sliding_window(3), None, "LowerTriangularFromBottomRightLocalAttentionMask"),
@@ -70,17 +87,17 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_bias_and_result(name, dtype, monkeypatch) -> None:
+def test_bias_and_result(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each mask reaches xFormers as the class that says it, or as a tensor, and gives the oracle's result."""
-    import xformers.ops.fmha as kernel
-
+    kernel = fmha()
     given = []
     original = kernel.memory_efficient_attention
-    monkeypatch.setattr(
-        kernel,
-        "memory_efficient_attention",
-        lambda **keywords: given.append(type(keywords["attn_bias"]).__name__) or original(**keywords),
-    )
+
+    def watched(**keywords: Any) -> Any:
+        given.append(type(keywords["attn_bias"]).__name__)
+        return original(**keywords)
+
+    monkeypatch.setattr(kernel, "memory_efficient_attention", watched)
     function, real, wanted = CASES[name]
     tensors = inputs(dtype=dtype)
     sizes = {"batch_size": 2, "q_length": 9, "kv_length": 9, "dtype": dtype}
@@ -95,7 +112,7 @@ def test_bias_and_result(name, dtype, monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str)
-def test_compiled(name, heads) -> None:
+def test_compiled(name: str, heads: tuple[int, int]) -> None:
     """One graph, forward and backward, gives the result and the gradients of the plain call."""
     function, real, _ = CASES[name]
     plain, compiled = (inputs(heads=heads, head_dims=(12, 20), learned=True) for _ in range(2))
@@ -103,7 +120,7 @@ def test_compiled(name, heads) -> None:
     mask = backend().format(mask_function=function, attention_mask=real, allow_is_causal_skip=False, **sizes)
     call = backend().call
 
-    def attend(query, key, value):
+    def attend(query: Any, key: Any, value: Any) -> Any:
         return call(None, query, key, value, mask, is_causal=False)[0]
 
     torch._dynamo.reset()  # noqa: SLF001
@@ -122,14 +139,15 @@ def test_padding_inside_a_trace() -> None:
     tensors = inputs()
     backend_ = backend()
 
-    def attend(query, key, value, real):
+    def attend(query: Any, key: Any, value: Any, real: Any) -> Any:
         mask = backend_.format(
             batch_size=2, q_length=9, kv_length=9, mask_function=masks.causal(), attention_mask=real, dtype=query.dtype
         )
         return backend_.call(None, query, key, value, mask)[0]
 
     torch._dynamo.reset()  # noqa: SLF001
-    found = torch.compile(attend, backend="eager", fullgraph=True)(*tensors, padded())
+    compiled: Any = torch.compile(attend, backend="eager", fullgraph=True)
+    found = compiled(*tensors, padded())
     right = expected(tensors, masks.causal(), padded()).output
     torch.testing.assert_close(found.double()[padded()], right[padded()], **CLOSE)
 
@@ -141,9 +159,11 @@ def test_gradient_of_a_bias_alone() -> None:
     output, _ = backend().call(None, *tensors, None, position_bias=bias)
     output.sum().backward()
     exact = bias.detach().double().requires_grad_()
-    wanted = reference.attention(*(each.double() for each in tensors), masks.causal(), position_bias=exact).output
-    wanted.sum().backward()
-    torch.testing.assert_close(bias.grad.double(), exact.grad, rtol=0, atol=1e-4)
+    query, key, value = (each.double() for each in tensors)
+    right = reference.attention(query, key, value, masks.causal(), position_bias=exact).output
+    torch.testing.assert_close(
+        bias.grad, *torch.autograd.grad(right.sum(), [exact]), rtol=0, atol=1e-4, check_dtype=False
+    )
 
 
 def test_under_no_grad() -> None:
@@ -194,23 +214,22 @@ def test_formatting_needs_no_kernel() -> None:
 
 def test_bias_object_of_the_caller() -> None:
     """A bias object means what xFormers says it means: this one aligns the first query with the first key."""
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask, LowerTriangularFromBottomRightMask, LowerTriangularMask
-
+    biases = fmha().attn_bias
     tensors = inputs(queries=4, dtype=torch.float32)
-    output, _ = backend().call(None, *tensors, LowerTriangularMask())
+    output, _ = backend().call(None, *tensors, biases.LowerTriangularMask())
     right = expected(tensors, lambda b, h, q, kv: kv <= q - 5).output  # noqa: ARG005 - positions count from the end
     torch.testing.assert_close(output.double(), right, rtol=0, atol=1e-5)
-    output, _, lse = backend().call(None, *tensors, LowerTriangularFromBottomRightMask(), return_lse=True)
-    right = expected(tensors, masks.causal())
-    torch.testing.assert_close(output.double(), right.output, rtol=0, atol=1e-5)
-    torch.testing.assert_close(lse.double(), right.logsumexp, rtol=0, atol=1e-5)
+    output, _, lse = backend().call(None, *tensors, biases.LowerTriangularFromBottomRightMask(), return_lse=True)
+    found = expected(tensors, masks.causal())
+    torch.testing.assert_close(output.double(), found.output, rtol=0, atol=1e-5)
+    torch.testing.assert_close(lse.double(), found.logsumexp, rtol=0, atol=1e-5)
     tensors = inputs(batch=1)
     ids = torch.tensor([[0] * 3 + [1] * 6])
-    output, _ = backend().call(None, *tensors, BlockDiagonalMask.from_seqlens([3, 6]))
+    output, _ = backend().call(None, *tensors, biases.BlockDiagonalMask.from_seqlens([3, 6]))
     torch.testing.assert_close(output.double(), expected(tensors, masks.documents(ids)).output, **CLOSE)
     for refused in ({"return_lse": True}, {"position_bias": torch.zeros(1, 1, 9, 9)}):
         with pytest.raises(attnreg.UnsupportedError, match="beside a BlockDiagonalMask"):
-            backend().call(None, *tensors, BlockDiagonalMask.from_seqlens([3, 6]), **refused)
+            backend().call(None, *tensors, biases.BlockDiagonalMask.from_seqlens([3, 6]), **refused)
 
 
 def test_refusals() -> None:
@@ -219,10 +238,10 @@ def test_refusals() -> None:
     bias = torch.randn(1, 4, 9, 9).requires_grad_()
     call = backend().call
 
-    def attend(query, key, value, **keywords):
+    def attend(query: Any, key: Any, value: Any, **keywords: Any) -> Any:
         return call(None, query, key, value, None, **keywords)[0]
 
-    compiled = torch.compile(attend, backend="eager", fullgraph=True)
+    compiled: Any = torch.compile(attend, backend="eager", fullgraph=True)
     for keywords, why in (({"dropout": 0.1}, "dropout inside torch.compile"), ({"position_bias": bias}, "gradient of")):
         torch._dynamo.reset()  # noqa: SLF001
         with pytest.raises(Exception, match=r"UnsupportedError|inside torch\.compile") as error:
@@ -242,14 +261,21 @@ def test_refusals() -> None:
         lse.sum().backward()
 
 
-def test_reasons_of_xformers_itself(monkeypatch) -> None:
+def test_reasons_of_xformers_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no operator takes a call, as tensor biases on a GPU that is too new, xFormers' own reasons are told."""
-    from xformers.ops.fmha import operators
-
-    monkeypatch.setitem(operators.TAKES, ("cutlass", False), ())
+    monkeypatch.setitem(fmha().operators.TAKES, ("cutlass", False), ())
     with pytest.raises(attnreg.UnsupportedError, match=r"attn_bias type is <class 'torch\.Tensor'>") as error:
         backend().call(None, *inputs(), None, position_bias=torch.zeros(1, 1, 9, 9))
     assert [reason.code for reason in error.value.reasons] == ["kernel"]
+
+
+def test_library_that_did_not_load() -> None:
+    """Where xFormers says that it has no CUDA, the remedy is about its library, and not about the call."""
+    from attnreg_xformers.call import refusals
+
+    said = "`fa2F` is not supported because:\n    xFormers wasn't build with CUDA support"
+    with pytest.raises(attnreg.UnsupportedError, match="nvidia-cuda-runtime-cu12"), refusals():
+        raise NotImplementedError(said)
 
 
 def test_all_dropped() -> None:

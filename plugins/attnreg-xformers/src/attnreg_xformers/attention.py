@@ -60,7 +60,7 @@ def attention(
     scale: Any = query.shape[3] ** -0.5
     if scaling is not None:
         query, scale = compat.scaled(query, scaling)
-    if is_bias(attention_mask):
+    if attention_mask is not None and is_bias(attention_mask):
         band = read(attention_mask, sizes[2], sizes[3])
         if band is None:
             return given(

@@ -23,6 +23,14 @@ _BYTES: Final = 16
 LARGEST_FLASH: Final = 256
 """The largest head dimension of the flash kernels."""
 
+_BUILT: Final = "xFormers wasn't build with CUDA support"
+_UNLOADED: Final = (
+    "xFormers' own library did not load. Its wheel on PyPI is built for CUDA 12: beside a torch for another CUDA, "
+    "install nvidia-cuda-runtime-cu12 and put its lib folder on LD_LIBRARY_PATH; `python -m xformers.info` says what "
+    "is missing."
+)
+_FIX: Final = "Choose another backend, such as sdpa; tensor biases and float32 need a GPU up to compute capability 9.0."
+
 
 class Call(NamedTuple):
     """A call in xFormers' layout.
@@ -186,8 +194,9 @@ def refusals() -> Iterator[None]:
         yield
     except (NotImplementedError, ValueError) as error:
         said = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-        fix = "Choose another backend, such as sdpa; tensor biases and float32 need a GPU up to compute capability 9.0."
-        reason = Reason("kernel", "a call that no operator of xFormers takes", said, fix)
+        reason = Reason(
+            "kernel", "a call that no operator of xFormers takes", said, _UNLOADED if _BUILT in said else _FIX
+        )
         raise UnsupportedError(NAME, [reason]) from error
 
 
