@@ -115,6 +115,7 @@ _TORCHS_OWN: Final = frozenset(
     {
         *("attnreg", "torch", "torchgen", "functorch", "numpy", "sympy", "mpmath", "networkx", "triton", "jinja2"),
         *("markupsafe", "filelock", "fsspec", "typing_extensions", "setuptools", "packaging", "optree", "einops"),
+        *("importlib_metadata", "zipp"),  # `Kernel.version`
     }
 )
 """What attnreg and torch import themselves, now or when something of theirs is first used."""
