@@ -87,8 +87,8 @@ def benchmark(
         raise InvalidInputError("the device", f"{workload.device}, which is not here", "one that torch sees")
     if wrong := [length for length in lengths if length < 1]:
         raise InvalidInputError("a length", str(wrong[0]), "1 or more")
-    backends, rows = _entrants(workload, list(names))
     with torch.set_grad_enabled(workload.backward), _current(workload.device):
+        backends, rows = _entrants(workload, list(names))
         for length in lengths:
             rows += _at(workload, length, backends, rounds, seconds, progress)
     return Report(
