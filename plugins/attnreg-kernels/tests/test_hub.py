@@ -184,7 +184,7 @@ class _Hub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815 - the server looks for this name
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the server's own word
         """Keep quiet."""
 
 

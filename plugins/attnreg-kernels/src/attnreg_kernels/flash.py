@@ -113,7 +113,7 @@ def _run(
 ) -> tuple[torch.Tensor, Any]:
     scale, causal, left, right, softcap = rest
     words: dict[str, Any] = {
-        **dict(zip("qkv", tensors, strict=True)),
+        **dict(zip("qkv", map(_without_gaps, tensors), strict=True)),
         "softmax_scale": scale,
         "causal": causal,
         "window_size": (left, right),
@@ -127,6 +127,11 @@ def _run(
         words |= zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), lengths, strict=True)
     found = function(**words)
     return (found, None) if isinstance(found, torch.Tensor) else (found[0], found[1])
+
+
+def _without_gaps(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what these kernels read, in which a head's numbers stand side by side."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _varlen(name: str, functions: Functions) -> Callable[..., Any]:
@@ -144,13 +149,15 @@ def _operator(name: str, source: Source) -> Callable[..., Any]:
         if grads[0] is None:
             return None, None, None
         with torch.enable_grad():
-            inputs = tuple(each.detach().requires_grad_() for each in args[:3])
+            inputs = tuple(each.detach().contiguous().requires_grad_() for each in args[:3])
             output, _ = _run(name, source.load().functions, inputs, args[3:7], args[7:], return_lse=False)
-        if output.grad_fn is None:
+        # Below an operator torch records nothing, so that what it does around an autograd.Function breaks the chain.
+        found = (None,) if output.grad_fn is None else torch.autograd.grad(output, inputs, grads[0], allow_unused=True)
+        if any(each is None for each in found):
             fix = "Compile without gradients, or call it outside of a graph, or choose another backend."
-            supported = "functions that bring one, as an autograd.Function"
+            supported = "functions that are an autograd.Function from their inputs to their output"
             raise UnsupportedError(name, [Reason("backward", "its gradient in a graph", supported, fix)])
-        return torch.autograd.grad(output, inputs, grads[0])
+        return found
 
     return graph_op(
         f"attnreg_kernels::{_identifier(name)}",

@@ -44,13 +44,8 @@ def flash_attn_func(
     assert q.dim() == 4
     assert dropout_p == 0.0
     assert alibi_slopes is None
-    ends_q = torch.arange(q.shape[0] + 1, dtype=torch.int32) * q.shape[1]
-    ends_k = torch.arange(k.shape[0] + 1, dtype=torch.int32) * k.shape[1]
-    flat = (each.flatten(0, 1) for each in (q, k, v))
-    output, lse = _Attention.apply(*flat, ends_q, ends_k, softmax_scale, causal, window_size, softcap)
-    output = output.unflatten(0, q.shape[:2])
-    lse = lse.unflatten(1, q.shape[:2]).transpose(0, 1)
-    return (output, lse, None) if return_attn_probs else output
+    found = _Attention.apply(q, k, v, None, None, softmax_scale, causal, window_size, softcap)
+    return (*found, None) if return_attn_probs else found[0]
 
 
 def flash_attn_varlen_func(
@@ -96,7 +91,7 @@ def plain_func(
     return_attn_probs=False,
 ):
     """The same without an autograd.Function: its gradient is torch's, which an operator has none of."""
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) * softmax_scale
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.float() * softmax_scale, k.float())
     assert (causal, window_size, softcap) == (False, (-1, -1), 0.0)
     output = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.float()).to(q.dtype)
     return (output, scores.logsumexp(-1)) if return_attn_probs else output
@@ -119,9 +114,13 @@ class _Attention(torch.autograd.Function):
         assert q.dtype in (torch.float16, torch.bfloat16)
         assert q.dtype == k.dtype == v.dtype
         assert q.shape[-1] == k.shape[-1] == v.shape[-1] <= 256
-        assert q.shape[1] % k.shape[1] == 0
+        assert q.shape[-2] % k.shape[-2] == 0
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         assert type(scale) is type(softcap) is float
+        shape, in_rows = q.shape, ends_q is None
+        if in_rows:
+            ends_q, ends_k = (torch.arange(len(each) + 1) * each.shape[1] for each in (q, k))
+            q, k, v = (each.flatten(0, 1) for each in (q, k, v))
         output = torch.full_like(q, float("nan"))
         lse = torch.full((q.shape[1], q.shape[0]), float("nan"))
         for rows, columns in _sequences(ends_q, ends_k):
@@ -129,27 +128,30 @@ class _Attention(torch.autograd.Function):
             output[rows] = torch.einsum("hqk,khd->qhd", weights, _shared(v[columns], q)).to(q.dtype)
             lse[:, rows] = sums.masked_fill(sums == float("-inf"), float("inf"))
         ctx.save_for_backward(q, k, v, ends_q, ends_k, output)
-        ctx.rest = scale, causal, window, softcap
+        ctx.rest = in_rows, scale, causal, window, softcap
+        lse = lse.unflatten(1, shape[:2]).transpose(0, 1) if in_rows else lse
         ctx.mark_non_differentiable(lse)
-        return output, lse
+        return output.view(shape), lse
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, *grads):
         q, k, v, ends_q, ends_k, output = ctx.saved_tensors
-        scale, causal, window, softcap = ctx.rest
-        grads = [torch.full_like(each, float("nan")) for each in (q, k, v)]
+        in_rows, *rest = ctx.rest
+        up = grads[0].reshape(q.shape).float()
+        found = [torch.full_like(each, float("nan")) for each in (q, k, v)]
         for rows, columns in _sequences(ends_q, ends_k):
-            slope, keys, weights, _ = _scores(q[rows], k[columns], scale, causal, window, softcap)
-            up = grad[rows].float()
-            grad_weights = torch.einsum("qhd,khd->hqk", up, _shared(v[columns], q))
-            delta = (up * output[rows].float()).sum(-1).T[..., None]
-            grad_scores = weights * (grad_weights - delta) * slope * scale
-            grads[0][rows] = torch.einsum("hqk,khd->qhd", grad_scores, keys).to(q.dtype)
+            slope, keys, weights, _ = _scores(q[rows], k[columns], *rest)
+            grad_weights = torch.einsum("qhd,khd->hqk", up[rows], _shared(v[columns], q))
+            delta = (up[rows] * output[rows].float()).sum(-1).T[..., None]
+            grad_scores = weights * (grad_weights - delta) * slope * rest[0]
+            found[0][rows] = torch.einsum("hqk,khd->qhd", grad_scores, keys).to(q.dtype)
             grad_keys = torch.einsum("hqk,qhd->khd", grad_scores, q[rows].float())
-            grad_values = torch.einsum("hqk,qhd->khd", weights, up)
-            for place, found in ((1, grad_keys), (2, grad_values)):
-                grads[place][columns] = found.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype)
-        return (*grads, *(None,) * 6)
+            grad_values = torch.einsum("hqk,qhd->khd", weights, up[rows])
+            for place, grad in ((1, grad_keys), (2, grad_values)):
+                found[place][columns] = grad.unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype)
+        if in_rows:
+            found = [each.unflatten(0, (len(ends_q) - 1, -1)) for each in found]
+        return (*found, *(None,) * 6)
 
 
 def _sequences(ends_q, ends_k):
