@@ -72,6 +72,15 @@ def test_listing_and_asking_fetch_nothing(trusting: dict[str, Any]) -> None:
     assert trusting["version"] == "0.17.2"
 
 
+def test_the_package_is_light(tmp_path: Path, outcomes) -> None:
+    """Importing it, and saying what has to be said, imports neither torch nor the Hub's libraries."""
+    code = """
+    attnreg_kernels.allow("org/*"); attnreg_kernels.trust("org/attn"); declare("org/attn")
+    results["imported"] = sorted({"torch", "kernels", "huggingface_hub"} & set(sys.modules))
+    """
+    assert outcomes(code, tmp_path)["imported"] == []
+
+
 def test_the_record_is_one_like_any_other(trusting: dict[str, Any]) -> None:
     """It is the plugin's, the same each time, pickled by its name and explained; auto prefers what is built in."""
     assert trusting["origin"] == "attnreg-kernels 0.1.0"
