@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
     Check = Callable[[Capabilities, "_Call"], bool]
 
+_KEYWORDS_OF: Final = {
+    feature: tuple(keyword for keyword, need in KEYWORDS.items() if need == feature) for feature in KEYWORDS.values()
+}
+
 _LIMITS: Final[tuple[tuple[Callable[[Capabilities], bool], Check], ...]] = (
     (lambda can: not can.grouped_query, lambda _, call: call.query.shape[1] != call.key.shape[1]),
     (lambda can: not can.value_head_dim, lambda _, call: call.query.shape[-1] != call.value.shape[-1]),
@@ -39,7 +43,10 @@ _LIMITS: Final[tuple[tuple[Callable[[Capabilities], bool], Check], ...]] = (
     ),
     (lambda can: not can.backward, lambda _, call: _wants_gradients(call)),
     (lambda can: not can.is_causal, lambda _, call: _wants_flag(call)),
-    (lambda can: bool(can.exclusive), lambda can, call: any(_all_asked(group, call) for group in can.exclusive)),
+    (
+        lambda can: bool(can.exclusive),
+        lambda can, call: any(all(_asks_for(feature, call) for feature in group) for group in can.exclusive),
+    ),
 )
 """For each limit: whether a backend declares it, and whether a call may exceed it. `reasons` has the last word."""
 
@@ -253,18 +260,15 @@ def _cast(dtypes: frozenset[str], query: Any, key: Any, value: Any) -> tuple[Any
     return query, key, value
 
 
-def _all_asked(features: tuple[str, ...], call: _Call) -> bool:
-    """Whether the call asks for each of the features."""
-    asked = [
-        KEYWORDS[keyword]
-        for keyword, value in call.kwargs.items()
-        if keyword in KEYWORDS and _asks(call, keyword, value)
-    ]
-    return all(_wants_gradients(call) if feature == "backward" else feature in asked for feature in features)
-
-
-def _asks(call: _Call, keyword: str, value: Any) -> bool:
-    return _is_asked(keyword, value, call.query, call.key, call.attention_mask)
+def _asks_for(feature: str, call: _Call) -> bool:
+    """Whether the call asks for a feature; the cheapest answer, which is no, comes first."""
+    if feature == "backward":
+        return _wants_gradients(call)
+    return any(
+        _is_asked(keyword, value, call.query, call.key, call.attention_mask)
+        for keyword in _KEYWORDS_OF.get(feature, ())
+        if (value := call.kwargs.get(keyword)) is not None
+    )
 
 
 def _wants_flag(call: _Call) -> bool:

@@ -128,7 +128,10 @@ def test_bad_keywords(batch, keywords, text) -> None:
 @pytest.mark.parametrize(
     ("mask", "text"),
     [
-        (torch.ones(2, 1, 6, 6, dtype=torch.bool), "the mask is a Tensor; wanted: an Unpadded, from varlen_mask or flash_attention_mask."),
+        (
+            torch.ones(2, 1, 6, 6, dtype=torch.bool),
+            "the mask is a Tensor; wanted: an Unpadded, from varlen_mask or flash_attention_mask.",
+        ),
         (
             varlen_mask(1, 6, 6, allow_is_causal_skip=False),
             "the mask is for 1 rows of 6 queries and 6 keys; wanted: for 2 rows of 6 queries and 6 keys.",

@@ -9,7 +9,7 @@ import torch
 from attnreg.builtin.remembrance import remembered
 from attnreg.capabilities import Reason
 from attnreg.errors import InvalidInputError, InvalidMaskError, UnsupportedError
-from attnreg.masks.extent import batched
+from attnreg.masks.extent import any_batched
 
 Sizes = tuple[int, int, int, int, int]
 """Batch, query heads, query length and key length, which are the axes of the scores; and key/value heads."""
@@ -241,7 +241,7 @@ def nothing(
 
 def refuse_vmap(name: str, *tensors: torch.Tensor | None) -> None:
     """Raise `UnsupportedError` inside of `torch.vmap`, for what torch has no batching rule for."""
-    if any(tensor is not None and batched(tensor) for tensor in tensors):
+    if any_batched(*tensors):
         fix = "Give the tensors a batch axis, which attention has anyway, or choose eager."
         raise UnsupportedError(name, [Reason("vmap", "a call inside torch.vmap", "calls outside of it", fix)])
 

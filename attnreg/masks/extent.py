@@ -111,6 +111,13 @@ def batched(tensor: torch.Tensor) -> bool:
     return not tracing() and bool(_is_batched(tensor))
 
 
+def any_batched(*tensors: torch.Tensor | None) -> bool:
+    """Whether one of them stands for many, inside of `torch.vmap`."""
+    if tracing():
+        return False
+    return any([tensor is not None and _is_batched(tensor) for tensor in tensors])  # a list: faster, for so few
+
+
 def readable(tensor: torch.Tensor) -> bool:
     """Whether values can be read: not in a trace, on meta, or during the capture of a CUDA graph."""
     # A subclass is a fake or functional tensor, which stands for values that are not there yet.

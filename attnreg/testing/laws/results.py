@@ -24,7 +24,7 @@ from attnreg.testing.judgement import (
     within,
 )
 from attnreg.testing.law import MASKED, Law, at_once, drawn
-from attnreg.testing.tolerance import BACKWARD, UNITS, Measured, low_precision, oracle
+from attnreg.testing.tolerance import BACKWARD, FORWARD, Measured, low_precision, oracle
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from attnreg.testing.subject import Subject
 
 _INFINITY: Final = float("inf")
+_HEAD_DIMS: Final = (40, 48, 64, 80, 128)
 
 
 def _with_empty_rows(subject: Subject) -> Iterable[Case]:
@@ -136,6 +137,10 @@ def _gradient_cases(subject: Subject) -> Iterable[Case]:
     if subject.supports.grouped_query:
         yield subject.case(backward=True, skip=True, kv_heads=1)
     yield at_once(subject, backward=True, pattern=patterns.CAUSAL)
+    able = subject.supports
+    for head_dim in _HEAD_DIMS:  # backward passes add up in pieces of their own
+        if (able.max_head_dim or head_dim) >= head_dim >= able.min_head_dim and not head_dim % able.head_dim_multiple:
+            yield subject.case(backward=True, head_dim=head_dim, padding="left", pattern=patterns.CAUSAL)
 
 
 def _empty_gradient_cases(subject: Subject) -> Iterable[Case]:
@@ -190,7 +195,11 @@ def _differentiated(
 ) -> tuple[torch.Tensor, ...]:
     if not output.requires_grad:
         raise BrokenError("the output is detached from query, key and value: no gradient flows", case)
-    return torch.autograd.grad((output * weighting).sum(), inputs.heads)
+    try:
+        return torch.autograd.grad((output * weighting).sum(), inputs.heads)
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise BrokenError(f"its backward pass raised {type(error).__name__}: {said}", case) from error
 
 
 def _low_gradients(case: Case, result: Computed, weighting: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -240,7 +249,7 @@ def _dropped(subject: Subject, case: Case) -> Finding:
         runs = torch.stack([computed(subject, case, first.inputs.copied()).output.double() for _ in range(_RUNS)])
     if bool((runs[0] == runs[1]).all()):
         raise BrokenError("nothing is dropped: two calls give the same output", case)
-    allowed = _DEVIATIONS * runs.std(dim=0) / _RUNS**0.5 + UNITS * torch.finfo(subject.dtype).eps * magnitude(
+    allowed = _DEVIATIONS * runs.std(dim=0) / _RUNS**0.5 + FORWARD * torch.finfo(subject.dtype).eps * magnitude(
         first.inputs.value
     )
     rows = judged_rows(case, first, right)

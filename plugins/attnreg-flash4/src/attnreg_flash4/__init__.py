@@ -30,7 +30,7 @@ SUPPORTS: Final = attnreg.Capabilities(
     paged=True,
     lse=True,
     exclusive=(("paged", "backward"),),
-    priority=60,
+    priority=48,
 )
 
 

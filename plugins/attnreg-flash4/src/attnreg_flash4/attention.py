@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
@@ -10,6 +11,7 @@ from attnreg import Reason, UnsupportedError, compat
 from attnreg.compat import flash, pages
 from attnreg_flash4 import KERNEL
 from attnreg_flash4.graph import ROWS, SEQUENCES, over_pages
+from attnreg_flash4.splitting import Parts, in_parts
 
 if TYPE_CHECKING:
     from attnreg.masks import Unpadded
@@ -23,6 +25,11 @@ _CHOOSE: Final = 0
 _HOPPER: Final = 9
 _ANY: Final = 128
 _LARGEST: Final = 256
+_MULTIPLE: Final = 8
+"""Head dimensions that the kernels take are multiples of this."""
+_LEARNING: Final = 32
+"""The same where gradients are wanted. Of sequences, the kernel takes others and returns wrong gradients of the query:
+seen on an H200 with 4.0.0b36 for 16, 48 and 80, where 32, 64, 96, 128, 192 and 256 are right."""
 
 
 def flash_attention_4(
@@ -54,9 +61,9 @@ def flash_attention_4(
     `(sequences + 1,)`, cut a batch of one row into sequences. Head dimensions that are no multiple of 8 are filled up
     with zeros. The log-sum-exp has a gradient.
 
-    `num_splits` is the number of parts that the keys are split into, for few queries and many keys. By default it is
-    chosen by the kernel where there are 128 queries or less and no gradients are wanted, and 1 elsewhere.
-    `deterministic` is torch's own setting unless it is given, and concerns gradients.
+    `num_splits` is the number of parts that the keys are split into, where there are few queries. By default there are
+    as many as keep the GPU busy, and none where gradients are wanted. On Hopper the kernel splits nothing: there the
+    keys of single queries are split here, if they need not be copied for it. `deterministic` is torch's own setting unless it is given, and concerns gradients.
 
     With `block_table`, int32 `(batch, blocks)`, keys and values are pages, `(pages, kv_heads, page_size, head_dim)`, of
     which row i holds `cache_seqlens[i]` tokens, the queries' included. Pages have no gradients.
@@ -71,12 +78,11 @@ def flash_attention_4(
 
     Source: https://github.com/Dao-AILab/flash-attention/tree/main/flash_attn/cute.
     """
-    cap = float(compat.check_cap(softcap) or 0.0)
-    splits = _splits(query, key, value, num_splits)
     sinks = None if s_aux is None else compat.check_sinks(s_aux, query.shape[1])
-    outside = None
-    if return_lse and sinks is not None:  # the kernel's would have the sinks in it
-        outside, sinks = sinks, None
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    splits = _splits(query, key, value, num_splits)
+    options = _Options(float(compat.check_cap(softcap) or 0.0), sinks, splits, deterministic, return_lse)
     if block_table is not None:
         call = pages.prepared(
             NAME,
@@ -91,35 +97,65 @@ def flash_attention_4(
             is_causal=is_causal,
             sliding_window=sliding_window,
         )
-        output, lse = over_pages(call, cap, sinks, splits)
-        found = (output, None, pages.padded_lse(lse)) if return_lse else (output, None)
-    else:
-        wide = max(query.shape[3], value.shape[3])
-        ready = flash.prepared(
-            NAME,
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            is_causal=is_causal,
-            sliding_window=sliding_window,
-            cu_seq_lens=(cu_seq_lens_q, cu_seq_lens_k),
-            max_lengths=(max_length_q, max_length_k),
-            head_dim_multiple=8 if wide <= _ANY or _on_hopper(query.device) else _LARGEST,
-            equal_head_dims=wide > _ANY and not _on_hopper(query.device),
-        )
-        if ready is None:
-            return compat.nothing(query, key, value, return_lse=return_lse)
-        if deterministic is None:
-            deterministic = torch.are_deterministic_algorithms_enabled()
-        output, lse = _computed(ready, cap, sinks, splits, deterministic=deterministic, lse=return_lse)
-        found = ready.finished(output, lse if return_lse else None)
-    if outside is None or len(found) == 2:  # noqa: PLR2004 - no log-sum-exp was wanted
-        return found
-    output, _, lse = found
-    return compat.damped(output.transpose(1, 2), lse, outside).transpose(1, 2).contiguous(), None, lse
+        return _paged(call, options)
+    wide = max(query.shape[3], value.shape[3]) > _ANY and not _on_hopper(query.device)
+    learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    ready = flash.prepared(
+        NAME,
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling=scaling,
+        is_causal=is_causal,
+        sliding_window=sliding_window,
+        cu_seq_lens=(cu_seq_lens_q, cu_seq_lens_k),
+        max_lengths=(max_length_q, max_length_k),
+        head_dim_multiple=_LARGEST if wide else _LEARNING if learns else _MULTIPLE,
+        equal_head_dims=wide,
+    )
+    if ready is None:
+        return compat.nothing(query, key, value, return_lse=return_lse)
+    parts = _parts(ready, options)
+    if parts is None and not (return_lse and sinks is not None):
+        output, lse = _computed(ready, options)
+        return ready.finished(output, lse if return_lse else None)
+    found = _computed(ready, options.alone) if parts is None else _together(ready, parts, options)
+    finished: Any = ready.finished(*found)
+    output, _, lse = finished
+    if sinks is not None:
+        output = _with_sinks(output, lse, sinks)
+    return (output, None, lse) if return_lse else (output, None)
+
+
+class _Options(NamedTuple):
+    """What a kernel is asked for beside the call: `splits` 1 for none, 0 for as many as it likes."""
+
+    cap: float
+    sinks: torch.Tensor | None
+    splits: int
+    deterministic: bool
+    lse: bool
+
+    @property
+    def alone(self) -> _Options:
+        """The same without the sinks, which would be in the log-sum-exp, and with that."""
+        return self._replace(sinks=None, lse=True)
+
+
+def _paged(call: pages.Pages, options: _Options) -> tuple[torch.Tensor, None] | tuple[torch.Tensor, None, torch.Tensor]:
+    sinks, outside = (None, options.sinks) if options.lse else (options.sinks, None)
+    splits = 1 if _on_hopper(call.query.device) else options.splits
+    output, lse = over_pages(call, options.cap, sinks, splits)
+    if not options.lse:
+        return output, None
+    lse = pages.padded_lse(lse)
+    return (output if outside is None else _with_sinks(output, lse, outside)), None, lse
+
+
+def _with_sinks(output: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    return compat.damped(output.transpose(1, 2), lse, sinks).transpose(1, 2).contiguous()
 
 
 def _splits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, asked: int | None) -> int:
@@ -129,20 +165,43 @@ def _splits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, asked: 
     return _CHOOSE if query.shape[2] <= _DECODING and not learns else 1
 
 
+def _parts(call: flash.Call, options: _Options) -> Parts | None:
+    """Cut the keys of a single query for each row into parts, where that is worth it and the kernel does not."""
+    limited = call.mask.left is not None or (not call.mask.is_causal and call.mask.right is not None)
+    single = call.in_rows and call.sizes[2] == 1 and not limited
+    if not single or options.splits == 1 or not _on_hopper(call.query.device):
+        return None
+    return in_parts(call, options.splits or None)
+
+
+def _together(call: flash.Call, parts: Parts, options: _Options) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = replace(
+        call.mask,
+        is_causal=False,
+        right=None,
+        cu_seqlens_q=parts.ends_q,
+        cu_seqlens_k=parts.ends_k,
+        max_seqlen_q=1,
+        max_seqlen_k=parts.longest,
+    )
+    inner = replace(call, query=parts.query, key=parts.key, value=parts.value, mask=mask)
+    return parts.together(*_computed(inner, options.alone), call.sizes)
+
+
 def _on_hopper(device: torch.device) -> bool:
     """Whether head dimensions may be any up to 256; later GPUs take up to 128, and 256."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == _HOPPER
 
 
-def _computed(
-    call: flash.Call, cap: float, sinks: torch.Tensor | None, splits: int, *, deterministic: bool, lse: bool
-) -> tuple[torch.Tensor, Any]:
-    """Return the output and, with *lse*, the log-sum-exp, which else may be None."""
+def _computed(call: flash.Call, options: _Options) -> tuple[torch.Tensor, Any]:
+    """Return the output and, if it is asked for, the log-sum-exp, which else may be None."""
+    cap, sinks, splits, deterministic, lse = options
+    splits = 1 if _on_hopper(call.query.device) else splits
     mask, window = call.mask, call.window(None)
     lengths = mask.cu_seqlens_q, mask.cu_seqlens_k, mask.max_seqlen_q, mask.max_seqlen_k
     if compat.tracing():
-        options = sinks, call.scale, mask.is_causal, *window, cap, splits, deterministic
-        found = ROWS(*call.tensors, *options) if call.in_rows else SEQUENCES(*call.tensors, *lengths, *options)
+        rest = sinks, call.scale, mask.is_causal, *window, cap, splits, deterministic
+        found = ROWS(*call.tensors, *rest) if call.in_rows else SEQUENCES(*call.tensors, *lengths, *rest)
         return found[0], found[1]
     keywords: dict[str, Any] = {
         "softmax_scale": call.scale,

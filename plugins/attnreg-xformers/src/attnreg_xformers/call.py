@@ -92,6 +92,8 @@ def prepare(call: Call, *, shared: bool) -> Prepared | None:
         rows = found.rows_q, found.rows_k, found.rows_k
         tensors = tuple(_taken(each, row) for each, row in zip(tensors, rows, strict=True))  # type: ignore[assignment]
     query, key, value = (aligned(each) for each in widened(*tensors, flash=call.bias is None))
+    if torch.is_grad_enabled() and _looks_fused(query, key, value):
+        query = query.clone(memory_format=torch.contiguous_format)
     group = query.shape[2] // key.shape[2]
     if call.bias is not None:
         shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
@@ -106,6 +108,15 @@ def prepare(call: Call, *, shared: bool) -> Prepared | None:
             in_groups(query, key, value) if five else (query, repeated(key, group), repeated(value, group))
         )
     return Prepared(query, key, value, bias, found)
+
+
+def _looks_fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether xFormers will take the three for parts of one tensor, by the strides of the query alone.
+
+    It then makes the three gradients in one piece of memory, which torch refuses of an operator: each call would fail
+    in the backward pass (xformers 0.0.35 beside flash-attn 2, torch 2.11).
+    """
+    return query.stride(-2) == key.shape[-1] + query.shape[-1] + value.shape[-1]
 
 
 def widened(
