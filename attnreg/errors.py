@@ -19,6 +19,7 @@ AttnregError
 ├── DuplicateBackendError                     two distributions provide one name: neither is chosen
 ├── UnsupportedError                          a backend cannot do what is asked; holds the reasons
 │   ├── UnsupportedMaskError                  a mask format cannot express a mask; holds the reasons
+│   ├── KernelError                           the package that a kernel is in cannot be used; holds the reasons
 │   └── NoBackendError                        `auto`: no backend can
 ├── ConfigurationError (ValueError)           an environment variable has a value that means nothing
 ├── InvalidInputError (ValueError)            tensors whose shapes or dtypes do not fit the contract
@@ -278,14 +279,16 @@ class DuplicateBackendError(AttnregError):
 
 
 class UnsupportedError(AttnregError):
-    """A backend cannot do what is asked. `reasons` holds one `Reason` for each thing that stands in the way."""
+    """A backend cannot do what is asked: `reasons`, one `Reason` for each thing in the way; `able`, some that can."""
 
     name: str
     reasons: list[Any]
+    able: list[str]
 
-    def __init__(self, name: str, reasons: Sequence[object]) -> None:
-        lines = [f"backend {name!r} cannot do what is asked:"]
-        super().__init__("\n".join([*lines, *(f"  {reason}" for reason in reasons)]), name=name, reasons=list(reasons))
+    def __init__(self, name: str, reasons: Sequence[object], able: Sequence[str] = ()) -> None:
+        lines = [f"backend {name!r} cannot do what is asked:", *(f"  {reason}" for reason in reasons)]
+        lines += [f"  these can: {', '.join(able)}"] if able else []
+        super().__init__("\n".join(lines), name=name, reasons=list(reasons), able=list(able))
 
 
 class UnsupportedMaskError(UnsupportedError):
@@ -293,15 +296,15 @@ class UnsupportedMaskError(UnsupportedError):
 
     def __init__(self, name: str, reasons: Sequence[object]) -> None:
         lines = [f"{name} cannot express this mask:", *(f"  {reason}" for reason in reasons)]
-        AttnregError.__init__(self, "\n".join(lines), name=name, reasons=list(reasons))
+        AttnregError.__init__(self, "\n".join(lines), name=name, reasons=list(reasons), able=[])
 
 
 class KernelError(UnsupportedError):
     """A kernel's package cannot be used; `name` is the package's, and `reasons` say why and what to do."""
 
     def __init__(self, name: str, reasons: Sequence[object]) -> None:
-        lines = [f"the kernel of {name} cannot be used:", *(f"  {reason}" for reason in reasons)]
-        AttnregError.__init__(self, "\n".join(lines), name=name, reasons=list(reasons))
+        text = "\n".join([f"the kernel of {name} cannot be used:", *(f"  {reason}" for reason in reasons)])
+        AttnregError.__init__(self, text, name=name, reasons=list(reasons), able=[])
 
 
 class NoBackendError(UnsupportedError):

@@ -183,7 +183,9 @@ class Guarded(ByName):
         asked["is_causal"] = _wants_flag(call)
         request = Request.of(query, key, value, backward=_wants_gradients(call), **asked)
         if found := reasons(self._supports, request):
-            raise UnsupportedError(self._name, found)
+            from attnreg.selection import able
+
+            raise UnsupportedError(self._name, found, able(request, besides=self._name))
 
 
 class _Call(NamedTuple):

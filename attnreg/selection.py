@@ -9,7 +9,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
 
 from attnreg.capabilities import Reason, Request, reluctance
 from attnreg.default import default_registry
@@ -23,6 +24,9 @@ from attnreg.errors import (
 )
 from attnreg.naming import AUTO
 from attnreg.settings import IMPLEMENTATION, default_implementation
+
+_NAMED: Final = 3
+"""Backends that an error names which can."""
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -115,7 +119,7 @@ def resolve(
     if name != AUTO:
         backend = registry.get(name)
         if found := backend.reasons(request):
-            raise UnsupportedError(name, found)
+            raise UnsupportedError(name, found, able(request, besides=name, registry=registry))
         return backend
     explanation = explain(request, registry=registry)
     if explanation.winner is None:
@@ -124,6 +128,23 @@ def resolve(
             reasons_by_name.setdefault(each.name, []).extend(each.reasons)
         raise NoBackendError(reasons_by_name)
     return registry.get(explanation.winner)
+
+
+def able(request: Request, *, besides: str, registry: Registry = default_registry) -> tuple[str, ...]:
+    """Return the names of the best three backends that can serve *request*, for the error about one that cannot.
+
+    No kernel is imported for it. Quantised ones are left out.
+    """
+    found = _able(request, registry, registry.generation)
+    return tuple(name for name in found if name != besides)[:_NAMED]
+
+
+@lru_cache(maxsize=256)
+def _able(request: Request, registry: Registry, generation: int) -> tuple[str, ...]:
+    del generation
+    judged = [_judge(row, request, registry) for row in registry.rows()]
+    found = [each for each in judged if not each.reasons]
+    return tuple(each.name for each in sorted(found, key=lambda each: (-each.priority, each.name)))
 
 
 def standing(registry: Registry = default_registry) -> str | None:

@@ -47,6 +47,7 @@ MAY_WAIT = {
     ("registry", ""),
     ("discovery", ""),
     ("kernel", "discovery"),
+    ("guard", "selection"),
 }
 """Imports inside functions that point down on purpose: pickling by name, bringing in plugins at the first question."""
 

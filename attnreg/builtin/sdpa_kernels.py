@@ -141,8 +141,8 @@ def _with_another(call: Call) -> Call:
 
     Seen on an H200 with torch 2.11.
     """
-    mask = None if call.bias is None else call.bias.expand(-1, -1, 2, -1)
-    return call._replace(query=torch.nn.functional.pad(call.query, (0, 0, 1, 0)), bias=mask)
+    mask = None if call.mask is None else call.mask.expand(-1, -1, 2, -1)
+    return call._replace(query=torch.nn.functional.pad(call.query, (0, 0, 1, 0)), mask=mask)
 
 
 def _learned(tensor: torch.Tensor | None) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from attnreg.cli.output import console, print_json, print_table, progress_console
+from attnreg.cli.output import console, print_json, print_problems, print_table, progress_console
 from attnreg.errors import AttnregError
 
 if TYPE_CHECKING:
@@ -113,13 +113,11 @@ def _print(embedder: Embedder, results: list[Result], pairs: list[tuple[float, i
             result.mask,
             "" if result.milliseconds is None else f"{result.milliseconds:.1f} ms",
             "" if result.deviation is None else f"{result.deviation:.1e}",
-            result.problem,
         )
         for result in results
     ]
-    columns: list[str] = ["backend", "status", "mask format", "time", "deviation", "problem"]
-    if not any(result.problem for result in results):
-        columns, cells = columns[:-1], [row[:-1] for row in cells]  # type: ignore[misc]
+    columns = ("backend", "status", "mask format", "time", "deviation")
     print_table("one forward pass (median), and the largest deviation from the oracle", columns, cells)
+    print_problems((result.backend, result.problem) for result in results)
     similar: list[tuple[Any, ...]] = [(f"{score:.3f}", f"{SENTENCES[i]}\n{SENTENCES[j]}") for score, i, j in pairs]
     print_table("most similar sentences", ("cosine", "sentences"), similar)

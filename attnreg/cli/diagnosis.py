@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import track
 
 from attnreg import __version__
-from attnreg.cli.output import console, print_json, print_table, progress_console
+from attnreg.cli.output import console, print_json, print_problems, print_table, progress_console
 from attnreg.default import default_registry
 from attnreg.discovery import scan, version
 
@@ -92,12 +92,13 @@ def _print(machine: dict[str, str], probed: list[dict[str, Any]], faults: tuple[
             row["backend"],
             row["status"],
             row["from"],
+            row.get("device", ""),
             f"{row['deviation']:.1e}" if "deviation" in row else "",
-            row["problem"],
         )
         for row in probed
     ]
-    print_table("backends, each probed on the CPU in a process of its own", _COLUMNS, cells)
+    print_table("backends, each probed in a process of its own", _COLUMNS, cells)
+    print_problems((row["backend"], row["problem"]) for row in probed)
     if faults:
         print_table(
             "distributions with unreadable entry points",
@@ -111,4 +112,4 @@ def _print(machine: dict[str, str], probed: list[dict[str, Any]], faults: tuple[
         )
 
 
-_COLUMNS = ("backend", "status", "from", "deviation", "problem")
+_COLUMNS = ("backend", "status", "from", "on", "deviation")

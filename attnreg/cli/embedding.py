@@ -14,7 +14,7 @@ import torch
 from attnreg import reference
 from attnreg.backend import Backend
 from attnreg.builtin import eager
-from attnreg.capabilities import Request, reasons
+from attnreg.capabilities import Request
 from attnreg.default import default_registry
 from attnreg.errors import AttnregError, BridgeError, InvalidInputError, UnsupportedError
 from attnreg.integrations.transformers import alias, bind
@@ -108,7 +108,7 @@ class Embedder:
         """Embed with backend *name*; what it cannot do is a row with the reason."""
         try:
             backend = default_registry.get(name)
-            if refused := reasons(backend.supports, Request(device=self.device, dtype=self.dtype)):
+            if refused := backend.reasons(Request(device=self.device, dtype=self.dtype)):
                 return Result(name, "refused", problem="; ".join(map(str, refused)))
             mask = self._mask_format(backend)
             self._select(alias(name))

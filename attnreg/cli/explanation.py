@@ -9,8 +9,8 @@ from typing import Any
 
 import typer
 
-from attnreg.capabilities import Request
-from attnreg.cli.output import console, print_json, print_table
+from attnreg.capabilities import Reason, Request
+from attnreg.cli.output import console, print_json, print_problems, print_table
 from attnreg.default import default_registry
 from attnreg.naming import AUTO
 from attnreg.selection import Candidate, explain
@@ -61,6 +61,7 @@ def run(name: str, request: Request, *, as_json: bool) -> bool:
         return winner is not None
     cells = [(each.name, *_verdict(each, name), each.origin) for each in shown]
     print_table("who can serve this request", ("backend", "status", "why", "from"), cells)
+    print_problems((each.name, "\n  ".join(map(str, _against(each, name)))) for each in shown)
     console.print(f"chosen: {winner}" if winner else "chosen: none", markup=False, highlight=False)
     return winner is not None
 
@@ -70,13 +71,13 @@ def _winner(name: str, candidates: tuple[Candidate, ...]) -> str | None:
     return name if any(each.name == name and not _against(each, name) for each in candidates) else None
 
 
-def _against(candidate: Candidate, name: str) -> list[str]:
-    return [str(reason) for reason in candidate.reasons if name == AUTO or reason.code != "lossy"]
+def _against(candidate: Candidate, name: str) -> list[Reason]:
+    return [reason for reason in candidate.reasons if name == AUTO or reason.code != "lossy"]
 
 
 def _verdict(candidate: Candidate, name: str) -> tuple[str, str]:
     against = _against(candidate, name)
-    return ("refused", "\n".join(against)) if against else ("can serve", "")
+    return ("refused", ", ".join(reason.code for reason in against)) if against else ("can serve", "")
 
 
 def heads_of(text: str) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from attnreg.cli.output import print_json, print_table
+from attnreg.cli.output import print_json, print_problems, print_table
 from attnreg.default import default_registry
 
 
@@ -14,5 +14,7 @@ def run(*, as_json: bool) -> None:
     if as_json:
         print_json([asdict(row) for row in rows])
         return
-    cells = [(row.name, row.status, row.origin, row.problem) for row in rows]
-    print_table("attention backends", ("backend", "status", "from", "problem"), cells)
+    print_table(
+        "attention backends", ("backend", "status", "from"), [(row.name, row.status, row.origin) for row in rows]
+    )
+    print_problems((row.name, row.problem) for row in rows)

@@ -21,6 +21,7 @@ STYLES = {
     "installed": "cyan",
     "disabled": "dim",
     "refused": "yellow",
+    "unavailable": "yellow",
     "incomplete": "yellow",
     "duplicate": "red",
     "broken": "red",
@@ -43,6 +44,19 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     for row in rows:
         table.add_row(*(Text(str(cell), style=STYLES.get(str(cell), "")) for cell in row))
     console.print(table)
+
+
+def print_problems(problems: Iterable[tuple[str, str]]) -> None:
+    """Print what is to be said of backends below their table, where there is room for it; empty texts are left out.
+
+    Backends of which the same is said are named together.
+    """
+    said: dict[str, list[str]] = {}
+    for name, problem in problems:
+        if problem:
+            said.setdefault(problem, []).append(name)
+    for problem, names in said.items():
+        console.print(Text(", ".join(names), style="bold"), Text(f"  {problem}"), sep="\n", soft_wrap=True)
 
 
 def print_json(data: Any) -> None:

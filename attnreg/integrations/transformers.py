@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnreg.default import default_registry
-from attnreg.errors import AttnregError, BridgeError
+from attnreg.errors import AttnregError, BridgeError, KernelError
 from attnreg.masks.call import formatters
 from attnreg.naming import spelled
 
@@ -51,9 +51,13 @@ def alias(name: str) -> str:
 
     Raises:
         UnknownBackendError: nobody provides *name*; see `attnreg.get` for what else it raises.
+        KernelError: its kernel's package is missing, or of another version.
         BridgeError: another backend's name differs only in upper and lower case.
     """
-    return _bridge.add(default_registry.get(name))
+    backend = default_registry.get(name)
+    if backend.kernel is not None and (found := backend.kernel.reasons()):
+        raise KernelError(backend.kernel.distribution, found)
+    return _bridge.add(backend)
 
 
 def enable(*names: str) -> list[str]:

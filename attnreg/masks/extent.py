@@ -115,7 +115,7 @@ def any_batched(*tensors: torch.Tensor | None) -> bool:
     """Whether one of them stands for many, inside of `torch.vmap`."""
     if tracing():
         return False
-    return any([tensor is not None and _is_batched(tensor) for tensor in tensors])  # a list: faster, for so few
+    return any(tensor is not None and _is_batched(tensor) for tensor in tensors)
 
 
 def readable(tensor: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Flaky
 
-from attnreg import Backend, InvalidInputError, Request, UnsupportedError, __version__, get
+from attnreg import Backend, InvalidInputError, KernelError, Request, UnsupportedError, __version__, get
 from attnreg.capabilities import reasons
 from attnreg.testing.card import Card, Row, Verdict
 from attnreg.testing.judgement import BrokenError, Finding, NotApplicableError
@@ -140,7 +140,8 @@ def device_for(backend: Backend, wanted: str | torch.device | None) -> torch.dev
     """Return the device to examine *backend* on.
 
     Raises:
-        UnusableError: it is not here, or the backend does not declare it.
+        UnusableError: it is not here, the backend does not declare it, or its kernel is not here.
+        KernelError: its kernel is here, and cannot be used.
     """
     declared = backend.supports.devices
     if wanted is None:
@@ -152,7 +153,26 @@ def device_for(backend: Backend, wanted: str | torch.device | None) -> torch.dev
     device = torch.device(wanted)
     if against := reasons(backend.supports, Request(device=device.type)):
         raise UnusableError("the device", device.type, f"one that {backend.name} declares: {against[0].supported}")
+    _check_kernel(backend)
     return device
+
+
+def _check_kernel(backend: Backend) -> None:
+    """Import the kernel; where it is only missing, the backend cannot be examined, anything else is its fault.
+
+    Raises:
+        UnusableError: the package is not installed, or is not for this GPU.
+        KernelError: it is there, and cannot be used.
+    """
+    if backend.kernel is None:
+        return
+    try:
+        backend.kernel.load()
+    except KernelError as error:
+        if all(reason.code in ("kernel_missing", "gpu") for reason in error.reasons):
+            why = error.reasons[0]
+            raise UnusableError("the kernel", f"{why.wanted}: {why.supported}", why.fix.rstrip(".")) from error
+        raise
 
 
 def dtypes_of(backend: Backend, device: torch.device) -> list[str]:
