@@ -313,13 +313,12 @@ class NoBackendError(UnsupportedError):
     candidates: dict[str, list[Any]]
 
     def __init__(self, candidates: Mapping[str, Sequence[object]]) -> None:
-        lines = ["no backend can do what is asked:"]
-        for name, reasons in candidates.items():
-            lines += [f"  {name}: {reason}" for reason in reasons]
+        found = [f"  {name}: {reason}" for name, reasons in candidates.items() for reason in reasons]
         AttnregError.__init__(
             self,
-            "\n".join(lines),
+            "\n".join(["no backend can do what is asked:", *found]),
             name="auto",
+            able=[],
             candidates={name: list(reasons) for name, reasons in candidates.items()},
             reasons=[reason for reasons in candidates.values() for reason in reasons],
         )
