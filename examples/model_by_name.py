@@ -79,7 +79,7 @@ def main() -> None:
             first = output if first is None else first
             difference = float((output - first).abs().max())
             padding = float((output[9:] - alone).abs().max())
-            print(f"{name:10} differs from the first by {difference:.1e}; padding changes {padding:.1e}", end="")
+            print(f"{name:14} differs from the first by {difference:.1e}; padding changes {padding:.1e}", end="")
             if "--compile" in sys.argv:
                 compiled = torch.compile(model, fullgraph=True)(hidden, real_tokens)[real_tokens]
                 print(f"; compiled differs by {float((compiled - output).abs().max()):.1e}", end="")

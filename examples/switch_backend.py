@@ -44,7 +44,7 @@ def main() -> None:
         similarity = (embeddings[0] @ embeddings[1:].T).tolist()
         difference = float((embeddings - first).abs().max())
         boats, piano = similarity
-        print(f"{name:10}  ferry and boats {boats:.4f}  ferry and piano {piano:.4f}  differs by {difference:.1e}")
+        print(f"{name:14}  ferry and boats {boats:.4f}  ferry and piano {piano:.4f}  differs by {difference:.1e}")
 
 
 if __name__ == "__main__":
