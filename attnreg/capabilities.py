@@ -257,7 +257,7 @@ def _features(supports: Capabilities, request: Request) -> Iterator[Reason]:
             )
 
     for group in supports.exclusive:
-        if all(getattr(request, feature) for feature in group):
+        if all(getattr(request, feature) or (feature == "position_bias" and request.alibi) for feature in group):
             names = [FEATURES[feature][0] for feature in group]
             one = "each of them alone"
             yield Reason("exclusive", " beside ".join(names), one, "Do without one of them, or choose another backend.")

@@ -27,6 +27,9 @@ _KEYWORDS_OF: Final = {
     feature: tuple(keyword for keyword, need in KEYWORDS.items() if need == feature) for feature in KEYWORDS.values()
 }
 
+_SINGLE: Final = 4
+"""Bytes of a float32, which autocast replaces."""
+
 _LIMITS: Final[tuple[tuple[Callable[[Capabilities], bool], Check], ...]] = (
     (lambda can: not can.grouped_query, lambda _, call: call.query.shape[1] != call.key.shape[1]),
     (lambda can: not can.value_head_dim, lambda _, call: call.query.shape[-1] != call.value.shape[-1]),
@@ -145,9 +148,18 @@ class Guarded(ByName):
         return [name for name, default in _parameters(self.__wrapped__).items() if name in semantic and default]
 
     def check(
-        self, module: Any, query: Any, key: Any, value: Any, attention_mask: Any, kwargs: dict[str, Any]
+        self,
+        module: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        attention_mask: Any,
+        known: dict[str, Any],
+        rest: dict[str, Any],
     ) -> tuple[Any, Any, Any]:
         """Return query, key and value as they are handed on, or raise what keeps the backend from serving the call.
+
+        *known* are keywords that are supported on every device, *rest* are the others.
 
         Under autocast, a backend that declares its dtype and not theirs gets them in that.
 
@@ -156,16 +168,17 @@ class Guarded(ByName):
             InvalidInputError: a keyword is another library's word for one of attnreg's.
         """
         rules = self._on.get(query.device.type, self._rules) if self._on else self._rules
-        if rules.supports.dtypes is not None:
+        if rules.supports.dtypes is not None and query.dtype.itemsize == _SINGLE:
             query, key, value = _cast(rules.supports.dtypes, query, key, value)
-        for keyword, asked in kwargs.items():
+        for keyword, asked in rest.items():
             if keyword in rules.refused and _is_asked(keyword, asked, query, key, attention_mask):
-                self._judge(module, query, key, value, attention_mask, kwargs)
+                self._judge(module, query, key, value, attention_mask, {**known, **rest})
             elif keyword in self._foreign and _means_something(keyword, asked):
                 raise InvalidInputError(f"the keyword {keyword!r}", "not one of attnreg's", FOREIGN[keyword])
+        call = _Call(module, query, key, value, attention_mask, {**known, **rest} if rest else known)
         for exceeds in rules.limits:
-            if exceeds(rules.supports, _Call(module, query, key, value, attention_mask, kwargs)):
-                self._judge(module, query, key, value, attention_mask, kwargs)
+            if exceeds(rules.supports, call):
+                self._judge(module, query, key, value, attention_mask, call.kwargs)
         return query, key, value
 
     def _judge(
@@ -209,11 +222,11 @@ def _call_method(guarded: Guarded) -> Callable[..., Any]:
     star = ", *" if known else ""
     parameters = "".join(f", {name}=default_{name}" for name in known)
     by_name = "".join(f", {name}={name}" for name in known)
-    everything = "{" + ", ".join([*(f"{name!r}: {name}" for name in known), "**rest"]) + "}"
+    everything = "{" + ", ".join(f"{name!r}: {name}" for name in known) + "}"
     source = (
         f"def __call__(self, {given}=None{star}{parameters}, **rest):\n"
         f"    if {guarded.limited} or rest:\n"
-        f"        query, key, value = self.check({given}, {everything})\n"
+        f"        query, key, value = self.check({given}, {everything}, rest)\n"
         f"        return attention({given}{by_name}, **rest)\n"
         f"    return attention({given}{by_name})\n"
     )
@@ -266,6 +279,9 @@ def _asks_for(feature: str, call: _Call) -> bool:
     """Whether the call asks for a feature; the cheapest answer, which is no, comes first."""
     if feature == "backward":
         return _wants_gradients(call)
+    if feature == "is_causal":
+        return _wants_flag(call)
+    feature = "position_bias" if feature == "alibi" else feature  # whether it is, the last word has
     return any(
         _is_asked(keyword, value, call.query, call.key, call.attention_mask)
         for keyword in _KEYWORDS_OF.get(feature, ())

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import doubles
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import attnreg
@@ -67,6 +67,18 @@ TABLE = [
         "can says so: Capabilities(softcap=True).",
     ),
     (
+        Capabilities(),
+        Request(alibi=True),
+        "alibi: wants a position bias that is ALiBi; supported: not declared. Choose a backend with position_bias, such "
+        "as eager. A backend that can says so: Capabilities(alibi=True).",
+    ),
+    (
+        Capabilities(softcap=True, dropout=True, exclusive=[("softcap", "dropout")]),
+        Request(softcap=True, dropout=True),
+        "exclusive: wants dropout beside softcap; supported: each of them alone. Do without one of them, or choose "
+        "another backend.",
+    ),
+    (
         Capabilities(backward=False),
         Request(backward=True),
         "backward: wants gradients; supported: not declared. Run it under torch.no_grad(), or choose a backend with a "
@@ -99,7 +111,8 @@ def test_reasons_add_up() -> None:
 
 def test_request_covers_what_can_be_declared() -> None:
     """A capability that no request can ask for would be decoration."""
-    declared = {field.name for field in fields(Capabilities)} - {"devices", "dtypes", "priority", "lossy", "on"}
+    about = {"devices", "dtypes", "priority", "lossy", "lossy_error", "exclusive", "on"}
+    declared = {field.name for field in fields(Capabilities)} - about
     asked = {field.name for field in fields(Request)} | {
         "min_head_dim",
         "max_head_dim",
@@ -113,6 +126,27 @@ def test_request_covers_what_can_be_declared() -> None:
 def test_who_can_do_everything_is_never_refused(needs: dict[str, bool]) -> None:
     """No request, however demanding, gives a reason against a backend that declares all of it."""
     assert reasons(EVERYTHING, Request(structures=STRUCTURES, query_heads=8, kv_heads=2, **needs)) == []
+
+
+@example({"alibi", "dropout"}, [{"position_bias", "dropout"}])
+@given(
+    st.sets(st.sampled_from(sorted(FEATURES)), max_size=6),
+    st.lists(st.sets(st.sampled_from(sorted(FEATURES)), min_size=2, max_size=3), max_size=3),
+)
+def test_what_excludes_each_other(wanted: set[str], groups: list[set[str]]) -> None:
+    """A request is refused for each group that it asks for as a whole, ALiBi being a position bias too."""
+    supports = replace(EVERYTHING, exclusive=groups)
+    asked = wanted | ({"position_bias"} if "alibi" in wanted else set())
+    found = reasons(supports, Request(**dict.fromkeys(wanted, True)))
+    assert [reason.code for reason in found] == ["exclusive" for group in groups if group <= asked]
+    assert supports == replace(EVERYTHING, exclusive=[sorted(group, reverse=True) for group in reversed(groups)])
+    assert hash(supports) == hash(replace(supports))
+
+
+def test_a_position_bias_includes_alibi_and_not_the_other_way_round() -> None:
+    """Who adds any bias adds ALiBi; who knows slopes alone is refused another bias."""
+    assert reasons(Capabilities(position_bias=True), Request(alibi=True)) == []
+    assert [each.code for each in reasons(Capabilities(alibi=True), Request(position_bias=True))] == ["position_bias"]
 
 
 def test_lossy_is_reluctance_and_no_reason() -> None:
@@ -169,6 +203,18 @@ def test_bad_declarations(make, text: str) -> None:
         (lambda: Capabilities(max_head_dim="128"), "max_head_dim is '128'; wanted: an integer, 1 or more."),
         (lambda: Capabilities(softcap="no"), "softcap is 'no'; wanted: True or False."),
         (lambda: Capabilities(lossy=1), "lossy is 1; wanted: True or False."),
+        (lambda: Capabilities(alibi=None), "alibi is None; wanted: True or False."),
+        (
+            lambda: Capabilities(exclusive=[("softcap", "droput")]),
+            f"exclusive is droput; wanted: groups of {', '.join(sorted(FEATURES))}.",
+        ),
+        *(
+            (
+                lambda error=error: Capabilities(lossy_error=error),
+                f"lossy_error is {error!r}; wanted: a share between 0 and 1, such as 0.05.",
+            )
+            for error in (0.0, 1.0, -0.1, 5, "0.05", float("nan"), None)
+        ),
         (lambda: Capabilities(devices={"cuda:0"}), "a device is 'cuda:0'; wanted: a device type, such as cpu or cuda."),
         (
             lambda: Capabilities(dtypes={"half"}),

@@ -114,6 +114,10 @@ TEXTS = [
         "x_mask cannot express this mask:\n  dtype: wants float32; supported: float16. Cast the inputs.",
     ),
     (
+        errors.KernelError("x-kernel", [REASON]),
+        "the kernel of x-kernel cannot be used:\n  dtype: wants float32; supported: float16. Cast the inputs.",
+    ),
+    (
         errors.NoBackendError({"x": [REASON], "y": [REASON]}),
         "no backend can do what is asked:\n  x: dtype: wants float32; supported: float16. Cast the inputs.\n"
         "  y: dtype: wants float32; supported: float16. Cast the inputs.",

@@ -7,9 +7,11 @@ import torch
 from doubles import CAUSAL, FREE, attention
 
 from attnreg import NO_MASK, Backend, Capabilities, InvalidInputError, UnsupportedError, masks
+from attnreg.compat.alibi import slopes_of
 from attnreg.guard import guard
 from attnreg.keywords import FOREIGN, KEYWORDS
 from attnreg.masks import sdpa_mask
+from attnreg.vocabulary import FEATURES
 
 VALUES = {
     "dropout": 0.1,
@@ -21,6 +23,7 @@ VALUES = {
     "cu_seq_lens_k": torch.tensor([0, 5]),
     "cache": object(),
     "block_table": torch.zeros(1, 1),
+    "cache_seqlens": torch.tensor([5]),
     "indices": torch.zeros(1, 3, 2),
     "block_indices": torch.zeros(1, 3, 2),
     "return_lse": True,
@@ -266,3 +269,89 @@ def test_attributes_of_a_callable_object_do_not_open_the_guard() -> None:
     query = torch.randn(1, 2, 3, 8)
     with pytest.raises(UnsupportedError, match="softcap"):
         call(None, query, query, query, None, softcap=5.0)
+
+
+def alibi(slopes: list[float], queries: int = 3, keys: int = 5) -> torch.Tensor:
+    """Make a position bias of slopes, one for each head."""
+    distance = (torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)).abs()
+    return -torch.tensor(slopes)[None, :, None, None] * distance
+
+
+class Sloped(Spy):
+    """Takes slopes and no other bias, as kernels in the manner of flash-attn do."""
+
+    def __call__(self, module, query, key, value, attention_mask, position_bias=None, **kwargs):
+        sizes = (*query.shape[:3], key.shape[2], key.shape[1])
+        slopes = None if position_bias is None else slopes_of("mine", position_bias, sizes)
+        return super().__call__(module, query, key, value, attention_mask, slopes=slopes)
+
+
+def test_alibi_passes_and_other_biases_are_the_functions_to_refuse() -> None:
+    """A backend with `alibi` alone is handed every bias, computes ALiBi, and refuses another with its own reason."""
+    spy = Sloped()
+    call = guard("mine", spy, Capabilities(alibi=True))
+    call(FREE, *tensors(), None, position_bias=alibi([0.5, 0.25, 0.125, 0.0]))
+    assert spy.calls[0]["slopes"].tolist() == [0.5, 0.25, 0.125, 0.0]
+    call(FREE, *tensors(), None, position_bias=None)
+    with pytest.raises(UnsupportedError) as caught:
+        call(FREE, *tensors(), None, position_bias=torch.ones(1, 4, 3, 5))
+    assert [reason.supported for reason in caught.value.reasons] == [
+        "ALiBi: one slope for each head, times the distance of query and key"
+    ]
+    assert len(spy.calls) == 2
+    with pytest.raises(UnsupportedError) as caught:
+        call(FREE, *tensors(), None, position_bias=alibi([0.5]), softcap=5.0)
+    assert [reason.code for reason in caught.value.reasons] == ["softcap"]
+    with pytest.raises(UnsupportedError, match="wants a position bias; supported: not declared"):
+        guard("mine", spy, Capabilities())(FREE, *tensors(), None, position_bias=alibi([0.5]))
+
+
+ASKED = {
+    "is_causal": {"is_causal": True},
+    "sliding_window": {"sliding_window": 2},
+    "softcap": {"softcap": 30.0},
+    "sinks": {"s_aux": torch.zeros(4)},
+    "position_bias": {"position_bias": torch.zeros(1, 4, 3, 5)},
+    "alibi": {"position_bias": alibi([0.5])},
+    "dropout": {"dropout": 0.1},
+    "packing": {"cu_seq_lens_q": torch.tensor([0, 3])},
+    "paged": {"block_table": torch.zeros(1, 1)},
+    "sparse": {"indices": torch.zeros(1, 3, 2)},
+    "lse": {"return_lse": True},
+    "weights": {"output_attentions": True},
+    "backward": {"requires_grad": True},
+}
+"""For each feature, keywords that ask for it; the last is an option of `tensors`."""
+
+
+@pytest.mark.parametrize("one", sorted(FEATURES))
+def test_what_excludes_each_other(one: str) -> None:
+    """Either of two features that do not go together passes alone; both are refused, and nothing is computed."""
+    for other in sorted(FEATURES.keys() - {one, "alibi" if one == "position_bias" else "position_bias"}):
+        if one == "position_bias" and other == "alibi":
+            continue
+        spy = Spy()
+        able = {name: name != "position_bias" or "position_bias" in (one, other) for name in FEATURES}
+        call = guard("mine", spy, Capabilities(**able, exclusive=[(one, other)]))
+        for asked in ({one}, {other}, {one, other}):
+            keywords = {name: value for feature in asked for name, value in ASKED[feature].items()}
+            inputs = tensors(requires_grad=keywords.pop("requires_grad", False))
+            if len(asked) == 1:
+                call(FREE, *inputs, None, **keywords)
+                continue
+            with pytest.raises(UnsupportedError) as caught:
+                call(FREE, *inputs, None, **keywords)
+            assert [reason.code for reason in caught.value.reasons] == ["exclusive"]
+        assert len(spy.calls) == 2
+
+
+def test_neutral_values_exclude_nothing() -> None:
+    """A cap of None beside dropout, and gradients under no_grad, are not asked for."""
+    spy = Spy()
+    able = Capabilities(softcap=True, dropout=True, exclusive=[("softcap", "dropout"), ("softcap", "backward")])
+    call = guard("mine", spy, able)
+    call(FREE, *tensors(), None, softcap=None, dropout=0.5)
+    call(FREE, *tensors(), None, softcap=5.0, dropout=0.0)
+    with torch.no_grad():
+        call(FREE, *tensors(requires_grad=True), None, softcap=5.0)
+    assert len(spy.calls) == 3

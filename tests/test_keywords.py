@@ -29,6 +29,7 @@ VALUES = {
     "cu_seq_lens_k": torch.tensor([0, 5, LENGTH], dtype=torch.int32),
     "cache": object(),
     "block_table": torch.zeros(1, 1, dtype=torch.int32),
+    "cache_seqlens": torch.tensor([LENGTH], dtype=torch.int32),
     "indices": torch.zeros(1, LENGTH, 2, dtype=torch.long),
     "block_indices": torch.zeros(1, LENGTH, 2, dtype=torch.long),
     "return_lse": True,

@@ -236,8 +236,21 @@ def test_a_lossy_backend_is_judged_so_by_every_law() -> None:
     found = rows(lossy, "lse", "weights", "gradients", "large_scores")
     assert {name: row.detail for name, row in found.items() if row.verdict != "holds"} == {}
     nothing = torch.zeros(3, dtype=torch.float64)
-    assert measured_lossy(nothing + 1e-6, nothing, magnitude=1.0).holds
-    assert not measured_lossy(nothing + 1, nothing, magnitude=1.0).holds
+    assert measured_lossy(nothing + 1e-6, nothing, magnitude=1.0, allowed=0.05).holds
+    assert not measured_lossy(nothing + 1, nothing, magnitude=1.0, allowed=0.05).holds
+
+
+def test_a_lossy_backend_is_held_to_what_it_declares() -> None:
+    """One that promises less error than it has fails, and one that declares what it has holds."""
+
+    def rounded(module, query, key, value, *rest, **kw):
+        return attend(module, query, key, (value * 4).round() / 4, *rest, **kw)
+
+    for declared, verdict in ((0.3, "holds"), (0.05, "fails"), (0.001, "fails")):
+        supports = replace(CORRECT.supports, lossy=True, lossy_error=declared)
+        row = rows(replace(CORRECT, attention=rounded, supports=supports), "plain")["plain"]
+        assert (declared, row.verdict) == (declared, verdict)
+        assert row.allowed in (None, declared)
 
 
 def test_rendering_escapes() -> None:

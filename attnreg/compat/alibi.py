@@ -40,10 +40,10 @@ def slopes_of(name: str, bias: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     check_bias(bias, sizes, bias.device)
     if not readable(bias):
         _refuse(name, "a position bias whose values cannot be read, as in a trace")
-    what = f"alibi {sizes[2]} {sizes[3]}"
+    what = f"alibi {sizes[1]} {sizes[2]} {sizes[3]}"
     if not known(bias.detach() if bias.requires_grad else bias, what, lambda it: (_is_alibi(it, sizes),))[0]:
         _refuse(name, "a position bias that is no slope times distance")
-    slopes = remembered(bias, f"slopes {what}", lambda it: _slopes(it, sizes))
+    slopes = remembered(bias, f"slopes {what}", lambda it: _slopes(it, sizes).float())
     return slopes[0].contiguous() if slopes.shape[0] == 1 else slopes.contiguous()
 
 
@@ -56,21 +56,22 @@ def _refuse(name: str, wanted: str) -> NoReturn:
 def _is_alibi(bias: torch.Tensor, sizes: Sizes) -> bool:
     if bias.shape[2] != sizes[2] or bias.shape[3] != sizes[3] or not bool(torch.isfinite(bias).all()):
         return False
-    exact = -_slopes(bias, sizes)[..., None, None] * _distances(bias)
-    rounding = torch.finfo(bias.dtype).eps * exact.abs()
-    return bool(((bias.float() - exact).abs() <= rounding).all())
+    slopes = _slopes(bias, sizes)
+    exact = -slopes[..., None, None] * _distances(bias)
+    limits = torch.finfo(bias.dtype)
+    # Two roundings: the element's own, and that of the one that the slope is from, or of a distance.
+    rounding = 2 * limits.eps * exact.abs() + limits.smallest_normal * limits.eps
+    return bool((slopes >= 0).all()) and bool(((bias.double() - exact).abs() <= rounding).all())
 
 
 def _slopes(bias: torch.Tensor, sizes: Sizes) -> torch.Tensor:
-    """Return what each head's slope is if there is one: float32 `(batch or 1, heads)`."""
+    """Return what each head's slope is if there is one: float64 `(batch or 1, heads)`."""
     distances = _distances(bias)
-    largest = distances.max()
-    at = distances.argmax()
-    slopes = -bias.flatten(2)[..., at].float() / largest.clamp(min=1)
+    slopes = -bias.flatten(2)[..., distances.argmax()].double() / distances.max().clamp(min=1)
     return slopes.expand(-1, sizes[1])
 
 
 def _distances(bias: torch.Tensor) -> torch.Tensor:
     q_length, kv_length = bias.shape[2:]
     queries = torch.arange(kv_length - q_length, kv_length, device=bias.device)[:, None]
-    return (queries - torch.arange(kv_length, device=bias.device)).abs().float()
+    return (queries - torch.arange(kv_length, device=bias.device)).abs().double()

@@ -38,7 +38,7 @@ def graph_op(
     Args:
         name: `"namespace::name"`, the namespace a plugin's own.
         schema: arguments and results as torch writes them, such as `"(Tensor query, float scale) -> (Tensor, Tensor)"`;
-            no argument is keyword-only, all results are tensors.
+            no argument is keyword-only or has a default, all results are tensors.
         forward: runs the kernel, without autograd; called with the arguments by position. It returns a tuple, none of
             which is an argument.
         fake: returns empty, contiguous tensors of the results' shapes, dtypes and devices.
@@ -53,10 +53,10 @@ def graph_op(
         InvalidInputError: *schema* is none, or *differentiable* names no argument.
     """
     found = _SCHEMA.fullmatch(schema)
-    if found is None:
+    if found is None or "=" in found["args"]:  # torch leaves out what is as by default
         raise InvalidInputError("the schema", repr(schema), "such as '(Tensor query, float scale) -> (Tensor, Tensor)'")
     count = found["returns"].count("Tensor")
-    names = [argument.partition("=")[0].split()[-1] for argument in found["args"].split(",") if argument.strip()]
+    names = [argument.split()[-1] for argument in found["args"].split(",") if argument.strip()]
     if unknown := set(differentiable) - set(names):
         raise InvalidInputError("differentiable", ", ".join(sorted(unknown)), f"some of {', '.join(names)}")
     operator = _operator(name, schema, forward, fake, single=count == 1)

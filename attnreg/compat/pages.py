@@ -115,7 +115,7 @@ def _checked(
     if cache_seqlens is None:
         raise InvalidInputError("cache_seqlens", "missing", "int32 (batch,), the tokens of each row")
     for what, tensor, shape in (
-        ("block_table", block_table, (rows, *block_table.shape[1:2])),
+        ("block_table", block_table, (rows, *(block_table.shape[1:2] or (0,)))),
         ("cache_seqlens", cache_seqlens, (rows,)),
     ):
         if tensor.dtype is not torch.int32 or tuple(tensor.shape) != shape or tensor.device != query.device:
