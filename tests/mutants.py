@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from attnreg import Backend, Capabilities
+from attnreg.compat.alibi import slopes_of
 from attnreg.masks import And, Blocks, Causal, Chunked, Documents, Not, Or, Prefix, Window, bidirectional, sdpa_mask
 
 LOG2_E = 1.4426950408889634
@@ -427,6 +428,41 @@ def half_gradient(query: Any, key: Any, value: Any, mask: Any, kw: Any) -> Any:
     return query, key, (value + value.detach()) / 2, mask, kw
 
 
+def sloped(sign: float, *, shifted: bool = False) -> Any:
+    """Take slopes alone, as kernels in the manner of flash-attn do, and add them with a sign, or from the top left."""
+
+    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any = None, **kw: Any) -> Any:
+        bias = kw.pop("position_bias", None)
+        if bias is not None:
+            sizes = (*query.shape[:3], key.shape[2], key.shape[1])
+            slopes = slopes_of("mutant", bias, sizes)
+            first = 0 if shifted else key.shape[2] - query.shape[2]
+            queries = torch.arange(first, first + query.shape[2], device=query.device)
+            distances = (queries[:, None] - torch.arange(key.shape[2], device=query.device)).abs()
+            kw["position_bias"] = -sign * slopes[..., None, None] * distances
+        return attend(module, query, key, value, mask, **kw)
+
+    return attention
+
+
+SLOPES = replace(EVERYTHING, position_bias=False, alibi=True)
+
+
+def padded_and_filled(query: Any, key: Any, value: Any, mask: Any, kw: Any) -> bool:
+    """Tell rows of different lengths in head dimensions beyond 32 that are no multiple of it."""
+    return query.shape[3] > 32 and bool(query.shape[3] % 32) and mask is not None and mask.shape[0] > 1
+
+
+def three_percent(_: Any, output: Any, *rest: Any) -> Any:
+    """Return a little too much."""
+    return output * 1.03, *rest
+
+
+def lossy(error: float) -> Capabilities:
+    """Declare a quantised kernel of that error."""
+    return replace(EVERYTHING, lossy=True, lossy_error=error)
+
+
 def positions_lost(kw: Any) -> Any:
     """Count from the first key that is kept."""
     dropped, padding = kw["kv_offset"], kw["attention_mask"]
@@ -452,6 +488,7 @@ def strictly(_: Any) -> Any:
 
 
 UNGUARDED = [
+    "alibi",
     "devices",
     "dropout",
     "flags",
@@ -508,6 +545,7 @@ MUTANTS = (
     mutant("sinks dropped", "dropout", "gradients", "lse", "sinks", "weights", attention=ignoring("s_aux")),
     mutant(
         "bias in log2 units",
+        "alibi",
         "dropout",
         "gradients",
         "lse",
@@ -554,6 +592,7 @@ MUTANTS = (
     mutant("negation dropped", "combinations", mask=rewriting(is_a(Not, lambda n: n.term))),
     mutant(
         "top-left causal",
+        "alibi",
         "alignment",
         "empty_rows",
         "gradients",
@@ -566,9 +605,9 @@ MUTANTS = (
     mutant("positions from the first key kept", "positions", mask=formatting(positions_lost)),
     mutant("bool added as float", *DENSE, attention=before(additive)),
     mutant("float mask read as bool", "float_masks", attention=before(as_bool)),
-    mutant("NaN on empty rows", "empty_rows", attention=adding(empty_rows=float("nan"))),
+    mutant("NaN on empty rows", "empty_rows", "gradients", attention=adding(empty_rows=float("nan"))),
     mutant("mean of V on empty rows", "empty_rows", attention=adding(empty_rows=None)),
-    mutant("NaN in the gradients of empty rows", "empty_gradients", attention=adding(late_zero=True)),
+    mutant("NaN in the gradients of empty rows", "empty_gradients", "gradients", attention=adding(late_zero=True)),
     mutant("detached", "empty_gradients", "gradients", attention=after(lambda _, out, *rest: (out.detach(), *rest))),
     mutant("half a gradient", "gradients", attention=before(half_gradient)),
     mutant("dropout without scaling", "dropout", attention=unscaled_dropout),
@@ -625,7 +664,7 @@ MUTANTS = (
     mutant("padding ignored beyond a block", "padding", mask=formatting(long_padding)),
     mutant("cap dropped with fewer queries", "softcap", attention=only(shorter, without("softcap"))),
     mutant("sinks dropped with fewer queries", "sinks", attention=only(shorter, without("s_aux"))),
-    mutant("bias upside down with fewer queries", "position_bias", attention=only(shorter, upside_down)),
+    mutant("bias upside down with fewer queries", "alibi", "position_bias", attention=only(shorter, upside_down)),
     mutant("bias read for the first query", "position_bias", attention=before(first_query)),
     mutant("mask read for the first query", "bool_masks", "float_masks", attention=before(mask_of_first_query)),
     mutant(
@@ -664,6 +703,24 @@ MUTANTS = (
         "nothing dropped beside a bias",
         "dropout",
         attention=only(lambda *call: call[4].get("position_bias") is not None, without("dropout")),
+    ),
+    mutant("slopes of the wrong sign", "alibi", attention=sloped(-1.0), supports=SLOPES),
+    mutant("slopes counted from the first key", "alibi", attention=sloped(1.0, shifted=True), supports=SLOPES),
+    mutant(
+        "half a gradient for padded rows in head dimensions that are filled up",
+        "gradients",
+        attention=only(padded_and_filled, half_gradient),
+    ),
+    mutant(
+        "more error than declared",
+        "bool_masks",
+        "flags",
+        "float_masks",
+        "other_keywords",
+        "packing",
+        "plain",
+        attention=after(three_percent),
+        supports=lossy(0.02),
     ),
     mutant("under-claimed feature", "declaration", supports=replace(EVERYTHING, softcap=False)),
 )

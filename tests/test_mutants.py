@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from doubles import GOOD
-from mutants import CORRECT, MUTANTS, Mutant
+from mutants import CORRECT, MUTANTS, SLOPES, Mutant, after, lossy, sloped, three_percent
 
 from attnreg.testing import LAWS, verify
 
@@ -25,9 +27,18 @@ def failing(backend) -> set[str]:
     return {row.law for row in card.failures}
 
 
-def test_what_the_mutants_derive_from_is_right() -> None:
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"attention": sloped(1.0), "supports": SLOPES},
+        {"attention": after(three_percent), "supports": lossy(0.04)},
+    ],
+    ids=["everything", "slopes", "lossy"],
+)
+def test_what_the_mutants_derive_from_is_right(parts) -> None:
     """The correct implementation breaks no law, so what a mutant breaks is the mutant's doing."""
-    assert failing(CORRECT) == set()
+    assert failing(replace(CORRECT, **parts)) == set()
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
