@@ -195,20 +195,24 @@ def test_turns() -> None:
 HEADER = """\
 forward pass in bfloat16, batch 4, 32/8 heads of 128, causal, 30% padding on the left
 NVIDIA H200; attnreg 0.1.0, torch 2.11.0; 2026-11-22
-time of one call, interleaved (medians), the fastest first
+milliseconds of one call, interleaved (medians), the fastest first; mask: milliseconds to format it
+512 tokens
 
- backend   length   status   ms       spread   TFLOP/s   x sdpa   deviation   peak memory   mask ms
- ──────────────────────────────────────────────────────────────────────────────────────────────────
- fast      512      works    0.0500   2%       650       0.500    2.0e-03     64.0 MiB      0.100
- sdpa      512      works    0.100    1%       325       1.00     2.1e-03     1024 MiB      0.0200
- sdpa      1024     works    0.400    1%       340       1.00     2.1e-03                   0.0200
+ backend   ms       spread   TF/s   x sdpa   error     MiB    mask
+ ───────────────────────────────────────────────────────────────────
+ fast      0.0500   2%       650    0.500    2.0e-03   64.0   0.100
+ sdpa      0.100    1%       325    1.00     2.1e-03   1024   0.0200
 
-not measured, or wrong
+1024 tokens
 
- backend   status    length   why
- ────────────────────────────────────────────────────────
- slow      refused   any      device: wants cuda
- fast      broken    1024     RuntimeError: out of memory
+ backend   ms      spread   TF/s   x sdpa   error     MiB   mask
+ ─────────────────────────────────────────────────────────────────
+ sdpa      0.400   1%       340    1.00     2.1e-03         0.0200
+
+slow (refused)
+  device: wants cuda
+fast (broken at 1024 tokens)
+  RuntimeError: out of memory
 """
 
 

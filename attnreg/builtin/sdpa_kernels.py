@@ -59,7 +59,6 @@ CUDNN: Final = replace(
     dtypes=_HALF,
     max_head_dim=128,
     head_dim_multiple=8,
-    backward=False,  # not proved: on an H200 with torch 2.11, a backward pass with a mask ended the process
     priority=39,
 )
 EFFICIENT: Final = replace(

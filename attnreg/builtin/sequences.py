@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -12,7 +12,7 @@ from attnreg.builtin.inputs import Sizes, check_window
 from attnreg.builtin.remembrance import known
 from attnreg.errors import InvalidInputError, InvalidMaskError
 from attnreg.masks import Unpadded
-from attnreg.masks.extent import readable
+from attnreg.masks.extent import readable, tracing
 
 
 def mask_of(
@@ -46,7 +46,22 @@ def mask_of(
         return _checked(attention_mask, sizes)
     batch, _, q_length, kv_length, _ = sizes
     window = _window(sliding_window, q_length, kv_length)
-    mask = Unpadded(
+    # In a trace the sizes can be symbols, and nothing is gained by keeping the record.
+    made = _rows if tracing() else _kept_rows
+    mask = made(batch, q_length, kv_length, is_causal, window)
+    if cu_seq_lens[0] is None and cu_seq_lens[1] is None:
+        return mask
+    return _packed(mask, *cu_seq_lens, *max_lengths)
+
+
+def _rows(
+    batch: int,
+    q_length: int,
+    kv_length: int,
+    is_causal: bool,  # noqa: FBT001 - what is kept is told apart by position
+    window: int | None,
+) -> Unpadded:
+    return Unpadded(
         batch_size=batch,
         q_length=q_length,
         kv_length=kv_length,
@@ -56,9 +71,10 @@ def mask_of(
         max_seqlen_q=q_length,
         max_seqlen_k=kv_length,
     )
-    if cu_seq_lens[0] is None and cu_seq_lens[1] is None:
-        return mask
-    return _packed(mask, *cu_seq_lens, *max_lengths)
+
+
+_kept_rows: Final = functools.lru_cache(maxsize=256)(_rows)
+"""The record of a call by flags, for all layers: it takes longer to make than to find."""
 
 
 def lengths_of(mask: Unpadded, query: torch.Tensor) -> Unpadded:

@@ -61,7 +61,7 @@ def run(name: str, request: Request, *, as_json: bool) -> bool:
         return winner is not None
     cells = [(each.name, *_verdict(each, name), each.origin) for each in shown]
     print_table("who can serve this request", ("backend", "status", "why", "from"), cells)
-    print_problems((each.name, "\n  ".join(map(str, _against(each, name)))) for each in shown)
+    print_problems((each.name, "\n".join(map(str, _against(each, name)))) for each in shown)
     console.print(f"chosen: {winner}" if winner else "chosen: none", markup=False, highlight=False)
     return winner is not None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
-from attnreg.cli.output import console, print_json, print_table, progress_console
+from attnreg.cli.output import console, print_json, print_problems, print_table, progress_console
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -144,32 +144,38 @@ def _print(report: Report) -> None:
     for text in (what, f"{report.hardware['device']}; {versions}; {report.date}"):
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     if report.measured:
+        console.print(
+            "milliseconds of one call, interleaved (medians), the fastest first; mask: milliseconds to format it",
+            highlight=False,
+            soft_wrap=True,
+        )
         columns = [name for name, shown in _COLUMNS.items() if any(shown(row) for row in report.measured)]
-        rows = [[_COLUMNS[name](row) for name in columns] for row in report.measured]
-        print_table("time of one call, interleaved (medians), the fastest first", columns, rows)
-    if others := [row for row in report.rows if row.problem]:
-        cells = [(row.backend, row.status, "any" if row.length is None else row.length, row.problem) for row in others]
-        print_table("not measured, or wrong", ("backend", "status", "length", "why"), cells)
+        for length in sorted({row.length for row in report.measured if row.length is not None}):
+            rows = [[_COLUMNS[name](row) for name in columns] for row in report.measured if row.length == length]
+            print_table(f"{length} tokens", columns, rows)
+    print_problems((_which(row), row.problem or "") for row in report.rows)
 
 
-def _number(value: float | None, unit: str = "") -> str:
+def _which(row: Row) -> str:
+    """Name the backend of a problem, what came of it, and the length if it is about one."""
+    return f"{row.backend} ({row.status}{'' if row.length is None else f' at {row.length} tokens'})"
+
+
+def _number(value: float | None) -> str:
     """Write three digits that count."""
     if value is None:
         return ""
-    digits = f"{value:.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")  # noqa: PLR2004
-    return f"{digits}{unit}"
+    return f"{value:.0f}" if value >= 1000 else f"{value:#.3g}".rstrip(".")  # noqa: PLR2004
 
 
 _COLUMNS: Final[dict[str, Any]] = {
     "backend": lambda row: row.backend,
-    "length": lambda row: str(row.length),
-    "status": lambda row: row.status,
     "ms": lambda row: _number(row.milliseconds),
     "spread": lambda row: "" if row.spread is None else f"{row.spread:.0%}",
-    "TFLOP/s": lambda row: _number(row.teraflops),
+    "TF/s": lambda row: _number(row.teraflops),
     "x sdpa": lambda row: _number(row.ratio_to_sdpa),
-    "deviation": lambda row: "" if row.deviation is None else f"{row.deviation:.1e}",
-    "peak memory": lambda row: "" if row.peak_bytes is None else _number(row.peak_bytes / MEBIBYTE, " MiB"),
-    "mask ms": lambda row: _number(row.mask_milliseconds),
+    "error": lambda row: "" if row.deviation is None else f"{row.deviation:.1e}",
+    "MiB": lambda row: "" if row.peak_bytes is None else _number(row.peak_bytes / MEBIBYTE),
+    "mask": lambda row: _number(row.mask_milliseconds),
 }
 """A column that is empty throughout is left out."""

@@ -56,7 +56,9 @@ def print_problems(problems: Iterable[tuple[str, str]]) -> None:
         if problem:
             said.setdefault(problem, []).append(name)
     for problem, names in said.items():
-        console.print(Text(", ".join(names), style="bold"), Text(f"  {problem}"), sep="\n", soft_wrap=True)
+        console.print(
+            Text(", ".join(names), style="bold"), Text(f"  {problem}".replace("\n", "\n  ")), sep="\n", soft_wrap=True
+        )
 
 
 def print_json(data: Any) -> None:

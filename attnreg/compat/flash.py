@@ -137,11 +137,13 @@ def prepared(
         max_lengths=max_lengths,
     )
     head_dim, value_head_dim = query.shape[3], value.shape[3]
-    wide, value_wide = (_multiple(each, head_dim_multiple) for each in (head_dim, value_head_dim))
-    if equal_head_dims:
-        wide = value_wide = max(wide, value_wide)
-    tensors = _widened(query, wide), _widened(key, wide), _widened(value, value_wide)
-    query, key, value = (each.transpose(1, 2) for each in tensors)
+    odd = head_dim % head_dim_multiple or value_head_dim % head_dim_multiple
+    if odd or (equal_head_dims and head_dim != value_head_dim):
+        wide, value_wide = (_multiple(each, head_dim_multiple) for each in (head_dim, value_head_dim))
+        if equal_head_dims:
+            wide = value_wide = max(wide, value_wide)
+        query, key, value = _widened(query, wide), _widened(key, wide), _widened(value, value_wide)
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if mask.cu_seqlens_q is not None:
         query, key, value = in_sequences(query, key, value, mask)
     return Call(

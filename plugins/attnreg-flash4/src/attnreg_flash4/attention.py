@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -63,7 +64,8 @@ def flash_attention_4(
 
     `num_splits` is the number of parts that the keys are split into, where there are few queries. By default there are
     as many as keep the GPU busy, and none where gradients are wanted. On Hopper the kernel splits nothing: there the
-    keys of single queries are split here, if they need not be copied for it. `deterministic` is torch's own setting unless it is given, and concerns gradients.
+    keys of single queries are split here, where there are very many or the call is in a graph, if they need not be
+    copied for it. `deterministic` is torch's own setting unless it is given, and concerns gradients.
 
     With `block_table`, int32 `(batch, blocks)`, keys and values are pages, `(pages, kv_heads, page_size, head_dim)`, of
     which row i holds `cache_seqlens[i]` tokens, the queries' included. Pages have no gradients.
@@ -190,7 +192,18 @@ def _together(call: flash.Call, parts: Parts, options: _Options) -> tuple[torch.
 
 def _on_hopper(device: torch.device) -> bool:
     """Whether head dimensions may be any up to 256; later GPUs take up to 128, and 256."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == _HOPPER
+    if device.type != "cuda":
+        return True
+    # Asking for it takes longer than the rest of a call's checks; a trace asks once, and knows no such memory.
+    major = _major(device) if compat.tracing() else _kept_major(device)
+    return major == _HOPPER
+
+
+def _major(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+_kept_major: Final = functools.cache(_major)
 
 
 def _computed(call: flash.Call, options: _Options) -> tuple[torch.Tensor, Any]:

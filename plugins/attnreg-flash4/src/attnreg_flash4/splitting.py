@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SMALLEST: Final = 512
 """Keys of a part, at least: shorter ones are not worth the way."""
+LONG: Final = 32768
+"""Keys from which it is worth the time that Python takes for it, which is none in a graph."""
 
 
 class Parts(NamedTuple):
@@ -59,14 +61,14 @@ class Parts(NamedTuple):
         Returns:
             The output `(batch, 1, heads, value_head_dim)`, and the log-sum-exp `(batch, heads, 1)`.
         """
-        heads, value_head_dim = output.shape[1], output.shape[2]
-        each = lse.reshape(heads, self.rows, self.number).permute(1, 2, 0)
-        total = torch.logsumexp(each, dim=1, keepdim=True)
-        shares = torch.exp(each - total)[..., None]
-        summed = (output.reshape(self.rows, self.number, heads, value_head_dim) * shares).sum(1)
         batch, query_heads = sizes[:2]
-        found = summed.to(output.dtype).reshape(batch, 1, query_heads, value_head_dim)
-        return found, total.reshape(batch, query_heads, 1)
+        heads, value_head_dim = output.shape[1], output.shape[2]
+        each = lse.reshape(heads, self.rows, self.number).transpose(0, 1)
+        shares = torch.softmax(each, dim=-1)[:, :, None]
+        parts = output.reshape(self.rows, self.number, heads, value_head_dim).transpose(1, 2)
+        summed = torch.matmul(shares, parts.float()).to(output.dtype)
+        total = torch.logsumexp(each, dim=-1)
+        return summed.reshape(batch, 1, query_heads, value_head_dim), total.reshape(batch, query_heads, 1)
 
 
 def in_parts(call: flash.Call, asked: int | None) -> Parts | None:
@@ -77,7 +79,8 @@ def in_parts(call: flash.Call, asked: int | None) -> Parts | None:
         asked: how many parts; None for as many as keep the GPU's processors busy.
     """
     batch, query_heads, _, kv_length, kv_heads = call.sizes
-    count = _count(batch * kv_heads, kv_length, call.key.device) if asked is None else asked
+    worth = asked is not None or kv_length >= (LONG if compat.readable(call.key) else SMALLEST)
+    count = _count(batch * kv_heads, kv_length, call.key.device) if worth and asked is None else asked or 1
     if count < 2:  # noqa: PLR2004 - the kernel by itself
         return None
     key, value = call.key, call.value
