@@ -32,10 +32,10 @@ SUPPORTS: Final = attnreg.Capabilities(
     softcap=True,
     packing=True,
     lse=True,
-    priority=45,
+    priority=35,
 )
 
-FP8: Final = replace(SUPPORTS, backward=False, lossy=True, lossy_error=0.1, priority=46)
+FP8: Final = replace(SUPPORTS, backward=False, lossy=True, lossy_error=0.1, priority=36)
 """Of the quantised one; `auto` chooses it only where an error above that of the dtype is allowed."""
 
 
