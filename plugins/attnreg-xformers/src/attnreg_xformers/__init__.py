@@ -17,6 +17,8 @@ KERNEL: Final = attnreg.Kernel(
         "memory_efficient_attention_forward_requires_grad",
         "memory_efficient_attention_backward",
         "attn_bias.BlockDiagonalMask",
+        "attn_bias.BlockDiagonalGappyKeysMask",
+        "attn_bias.BlockDiagonalCausalWithOffsetGappyKeysMask",
         "attn_bias.LocalAttentionFromBottomRightMask",
         "attn_bias.LowerTriangularFromBottomRightLocalAttentionMask",
     ),

@@ -130,8 +130,12 @@ def _added(
 
 def _computed(call: Call, dropout: float, *, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute output and log-sum-exp, of queries that the call has left."""
-    tensors = call.query, call.key, call.value, call.bias
-    learned = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
+    learned = torch.is_grad_enabled() and (
+        call.query.requires_grad
+        or call.key.requires_grad
+        or call.value.requires_grad
+        or (call.bias is not None and call.bias.requires_grad)
+    )
     if compat.tracing():
         _check_traceable(call, dropout, learned=learned)
         output, lse = traced(call, lse=return_lse)
@@ -178,5 +182,6 @@ def _finished(output: torch.Tensor, lse: torch.Tensor | None, empty: torch.Tenso
     if empty is not None:
         output = output.masked_fill(empty.transpose(1, 2), 0.0)
         lse = None if lse is None else lse.masked_fill(empty[..., 0], float("-inf"))
-    output = output.contiguous()
+    if not output.is_contiguous():
+        output = output.contiguous()
     return (output, None) if lse is None else (output, None, lse.contiguous())

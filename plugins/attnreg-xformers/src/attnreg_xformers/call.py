@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from attnreg import Reason, UnsupportedError
 from attnreg_xformers import NAME, loaded
-from attnreg_xformers.bias import band, blocks
+from attnreg_xformers.bias import band, blocks, keeps_to_sequences
 from attnreg_xformers.masks import half
 from attnreg_xformers.packing import Packed, Sequences, packed
 
@@ -77,21 +77,25 @@ def fits_flash(dtype: torch.dtype, head_dim: int, value_head_dim: int) -> bool:
     return half(dtype) and max(head_dim, value_head_dim) <= LARGEST_FLASH
 
 
-def prepare(call: Call, *, shared: bool) -> Prepared | None:
+def prepare(call: Call, *, shared: bool, in_place: bool = False) -> Prepared | None:
     """Lay a call out as xFormers reads it; None if no query has a key.
 
     Args:
         call: the call.
         shared: heads of keys and values may be shared without copying, in five axes; there is no backward pass then.
+        in_place: keys of sequences may be read where they are; there is no backward pass then.
     """
     tensors = call.query, call.key, call.value
     found = None if call.sequences is None else packed(call.sequences, call.right)
     if found is not None:
         if not found.lengths_q:
             return None
-        rows = found.rows_q, found.rows_k, found.rows_k
-        tensors = tuple(_taken(each, row) for each, row in zip(tensors, rows, strict=True))  # type: ignore[assignment]
-    query, key, value = (aligned(each) for each in widened(*tensors, flash=call.bias is None))
+        if in_place and call.left is None and found.in_place is not None and keeps_to_sequences():
+            found = found.in_place
+        query, key, value = tensors
+        tensors = _taken(query, found.rows_q), _taken(key, found.rows_k), _taken(value, found.rows_k)
+    query, key, value = widened(*tensors, flash=call.bias is None)
+    query, key, value = aligned(query), aligned(key), aligned(value)
     if torch.is_grad_enabled() and _looks_fused(query, key, value):
         query = query.clone(memory_format=torch.contiguous_format)
     group = query.shape[2] // key.shape[2]
@@ -99,7 +103,7 @@ def prepare(call: Call, *, shared: bool) -> Prepared | None:
         shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
         bias = aligned_bias(call.bias, shape)
     elif found is not None:
-        bias = blocks(found, call.left, call.right, query.device)
+        bias = blocks(found, call.left, call.right, key)
     else:
         bias = band(call.left, call.right, max(query.shape[1], key.shape[1]))
     if group > 1:
@@ -124,6 +128,8 @@ def widened(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Add zeros to the head dimensions, which change no score: to a multiple of 8, and to one width for flash."""
     head_dim, value_head_dim = query.shape[3], value.shape[3]
+    if head_dim == value_head_dim and not head_dim % ALIGNED:
+        return query, key, value
     wide, wide_value = -(-head_dim // ALIGNED) * ALIGNED, -(-value_head_dim // ALIGNED) * ALIGNED
     if flash and fits_flash(query.dtype, wide, wide_value):
         wide = wide_value = max(wide, wide_value)
@@ -134,10 +140,11 @@ def in_groups(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return five axes, `(batch, length, kv_heads, group, head_dim)`; keys and values are views, not copies."""
-    group = query.shape[2] // key.shape[2]
-    key, value = (each[:, :, :, None].expand(-1, -1, -1, group, -1) for each in (key, value))
-    batch, length, _, head_dim = query.shape
-    return query.reshape(batch, length, -1, group, head_dim), key, value
+    kv_heads = key.shape[2]
+    query = query.unflatten(2, (kv_heads, -1))
+    group = query.shape[3]
+    key = key.unsqueeze(3).expand(-1, -1, -1, group, -1)
+    return query, key, value.unsqueeze(3).expand(-1, -1, -1, group, -1)
 
 
 def repeated(tensor: torch.Tensor, group: int) -> torch.Tensor:
@@ -147,8 +154,8 @@ def repeated(tensor: torch.Tensor, group: int) -> torch.Tensor:
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Copy what is not laid out in pieces of 16 bytes: kernels read such pieces, and not all of them check."""
-    *strides, last = tensor.stride()
-    if last == 1 and not any(stride % ALIGNED for stride in strides) and tensor.data_ptr() % _BYTES == 0:
+    batch, length, head, last = tensor.stride()
+    if last == 1 and not (batch % ALIGNED or length % ALIGNED or head % ALIGNED or tensor.data_ptr() % _BYTES):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 
@@ -182,15 +189,34 @@ def _padded(tensor: torch.Tensor, width: int) -> torch.Tensor:
 
 def _taken(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """Return the tokens that count, as a batch of one row."""
+    if rows is None:
+        return tensor.reshape(1, -1, *tensor.shape[2:])
     flat = tensor.flatten(0, 1)
-    return (flat if rows is None else flat.index_select(0, rows))[None]
+    learned = tensor.requires_grad and torch.is_grad_enabled()
+    return (_Taken.apply(flat, rows) if learned else flat.index_select(0, rows))[None]  # type: ignore[no-untyped-call]
+
+
+class _Taken(torch.autograd.Function):
+    """Rows of a tensor, each at most once: the gradient is copied back. Torch's own would be added up, atomically."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = flat.shape
+        return flat.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.shape).index_copy_(0, rows, grads[0]), None
 
 
 def put_back(packed_tensor: torch.Tensor, rows: torch.Tensor | None, batch: int, length: int) -> torch.Tensor:
     """Put the tokens that count, one row, back into `(batch, length, ...)`; the others are 0."""
+    if rows is None:
+        return packed_tensor.reshape(batch, length, *packed_tensor.shape[2:])
     flat = packed_tensor[0]
-    if rows is not None:
-        flat = flat.new_zeros((batch * length, *flat.shape[1:])).index_copy(0, rows, flat)
+    flat = flat.new_zeros((batch * length, *flat.shape[1:])).index_copy_(0, rows, flat)
     return flat.reshape(batch, length, *flat.shape[1:])
 
 
@@ -218,7 +244,7 @@ def attended(call: Call, *, dropout: float, learned: bool) -> torch.Tensor | Non
         `(batch, q_length, heads, value_head_dim)`; None if no query has a key.
     """
     with refusals():
-        prepared = prepare(call, shared=not learned)
+        prepared = prepare(call, shared=not learned, in_place=not learned)
         if prepared is None:
             return None
         prepared = _flagged(prepared, learned=learned)
@@ -231,10 +257,10 @@ def _flagged(prepared: Prepared, *, learned: bool) -> Prepared:
 
     It drops a bias's gradient if none of these has one, and prepares for a backward pass under `torch.no_grad`.
     """
-    tensors = prepared.query, prepared.key, prepared.value
-    if learned is any(each.requires_grad for each in tensors):
+    query, key, value = prepared.query, prepared.key, prepared.value
+    if learned is (query.requires_grad or key.requires_grad or value.requires_grad):
         return prepared
-    query, key, value = (each.detach() for each in tensors)
+    query, key, value = query.detach(), key.detach(), value.detach()
     return prepared._replace(query=query.requires_grad_(learned), key=key, value=value)
 
 
@@ -254,8 +280,11 @@ def with_lse(call: Call) -> tuple[torch.Tensor, torch.Tensor] | None:
 
 def restored(output: torch.Tensor, call: Call, prepared: Prepared) -> torch.Tensor:
     """Return xFormers' output as `(batch, q_length, heads, value_head_dim)`."""
-    batch, q_length, heads, _ = call.query.shape
-    output = output.reshape(*output.shape[:2], heads, output.shape[-1])[..., : call.value.shape[3]]
+    batch, q_length = call.query.shape[:2]
+    if output.dim() != call.query.dim():
+        output = output.flatten(2, 3)
+    if output.shape[3] != call.value.shape[3]:
+        output = output[..., : call.value.shape[3]]
     if prepared.packed is None:
         return output
     return put_back(output, prepared.packed.rows_q, batch, q_length)

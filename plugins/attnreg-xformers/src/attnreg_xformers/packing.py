@@ -3,6 +3,10 @@
 xFormers keeps the lengths on the host beside those on the device. They are read once for each mask, and kept as long as
 the mask is: all layers of a forward pass share them.
 
+Without gradients, keys are read where they are, if those of each sequence lie side by side, as with padding on one
+side: what is said of them is where each sequence begins. The kernels have no backward pass for that, so with gradients
+the tokens that count are copied out.
+
 A block of a block-diagonal causal bias must have a key for each query. Queries of a sequence that are before its first
 key are left out here: they see nothing, and give 0.
 """
@@ -12,13 +16,16 @@ from __future__ import annotations
 import itertools
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from attnreg import Reason, UnsupportedError
 from attnreg_xformers import NAME
 from attnreg_xformers.memory import remembered
+
+_FEW: Final = 32
+"""Queries up to which xFormers may choose its kernel for decoding."""
 
 
 class Sequences(NamedTuple):
@@ -46,14 +53,19 @@ class Packed:
         lengths_k: keys of each.
         rows_q: int64, rows of the flattened queries; None if all are in a sequence.
         rows_k: int64, rows of the flattened keys.
+        begins_k: where the keys of each begin among all keys, if they are read where they are; else they come one after
+            the other.
         biases: bias objects made for them, by window.
+        in_place: the same sequences, with keys where they are; None if that is not possible, or saves nothing.
     """
 
     lengths_q: list[int]
     lengths_k: list[int]
     rows_q: torch.Tensor | None
     rows_k: torch.Tensor | None
+    begins_k: list[int] | None = None
     biases: dict[tuple[int | None, int | None], Any] = field(default_factory=dict)
+    in_place: Packed | None = None
 
 
 def packed(sequences: Sequences, right: int | None) -> Packed:
@@ -83,14 +95,53 @@ def _read(sequences: Sequences, right: int | None) -> Packed:
         )
         wanted = "sequences whose lengths were never read, during the capture of a CUDA graph"
         raise UnsupportedError(NAME, [Reason("capture", wanted, "lengths that were read before", fix)])
-    starts_q, starts_k = torch.stack([starts, sequences.starts_k]).tolist()
+    starts_q, starts_k, *ends = torch.stack([starts, sequences.starts_k, *_ends(sequences)]).tolist()
     pieces_q, pieces_k = _with_keys(starts_q, starts_k, right)
+    rows_q = _rows(sequences.indices_q, pieces_q, starts_q[-1], starts.device)
+    rows_k = _rows(sequences.indices_k, pieces_k, starts_k[-1], starts.device)
+    copied = rows_q is not None or rows_k is not None
     return Packed(
         lengths_q=[end - begin for begin, end in pieces_q],
         lengths_k=[end - begin for begin, end in pieces_k],
-        rows_q=_rows(sequences.indices_q, pieces_q, starts_q[-1], starts.device),
-        rows_k=_rows(sequences.indices_k, pieces_k, starts_k[-1], starts.device),
+        rows_q=rows_q,
+        rows_k=rows_k,
+        in_place=_in_place(sequences, starts_q, starts_k, ends, right) if copied else None,
     )
+
+
+def _ends(sequences: Sequences) -> list[torch.Tensor]:
+    """Return at which of all keys a sequence begins, and at which the one before it ends; nothing if all are in one."""
+    starts, indices = sequences.starts_k, sequences.indices_k
+    if indices is None or not len(indices):
+        return []
+    places = torch.stack([starts, starts - 1]).clamp(0, len(indices) - 1)
+    return list(indices[places].to(starts.dtype))
+
+
+def _in_place(
+    sequences: Sequences, starts_q: list[int], starts_k: list[int], ends: list[list[int]], right: int | None
+) -> Packed | None:
+    """Return sequences whose keys are read where they are, queries without any key among them; None if they cannot be.
+
+    A few queries may be served by a kernel for decoding, whose idea of a query without any key is not known.
+    """
+    lengths_q, lengths_k, begins_k = [], [], []
+    firsts, lasts = ends or (starts_k, [start - 1 for start in starts_k])
+    for number, (begin, end) in enumerate(itertools.pairwise(starts_k)):
+        length_q, length_k = starts_q[number + 1] - starts_q[number], end - begin
+        if not length_q:
+            continue
+        if not length_k or lasts[number + 1] - firsts[number] + 1 != length_k:
+            return None
+        if right is not None and length_q > length_k and starts_q[-1] <= _FEW:
+            return None
+        lengths_q.append(length_q)
+        lengths_k.append(length_k)
+        begins_k.append(firsts[number])
+    if not lengths_q:
+        return None
+    rows_q = None if sequences.indices_q is None else sequences.indices_q[: starts_q[-1]]
+    return Packed(lengths_q=lengths_q, lengths_k=lengths_k, rows_q=rows_q, rows_k=None, begins_k=begins_k)
 
 
 def _with_keys(

@@ -206,3 +206,49 @@ class BlockDiagonalCausalLocalAttentionFromBottomRightMask(BlockDiagonalCausalFr
 
     def _block(self, shape):
         return LowerTriangularFromBottomRightLocalAttentionMask(self._window_size).materialize(shape)
+
+
+@dataclass
+class _GappySeqInfo(_SeqLenInfo):
+    """Where sequences begin, the last number being the length of all, and how long each is."""
+
+    seqlen: torch.Tensor
+    seqlen_py: list[int]
+
+    @classmethod
+    def from_seqlens_gappy(cls, seqstarts, seqlens, *, device):
+        """Keep both."""
+        if len(seqstarts) - len(seqlens) != 1:
+            raise ValueError(f"len(seqstarts)={seqstarts} should be len(seqlens)={seqlens}")
+        starts, lengths = (torch.tensor(each, dtype=torch.int32, device=device) for each in (seqstarts, seqlens))
+        return cls(starts, max(seqlens), min(seqlens), list(seqstarts), lengths, list(seqlens))
+
+    def intervals(self):
+        """Yield where each begins and ends."""
+        yield from ((start, start + length) for start, length in zip(self.seqstart_py, self.seqlen_py, strict=False))
+
+
+@dataclass
+class BlockDiagonalGappyKeysMask(AttentionBias):
+    """Sequences of queries one after the other, whose keys are anywhere; it is no `BlockDiagonalMask`."""
+
+    q_seqinfo: _SeqLenInfo
+    k_seqinfo: _GappySeqInfo
+
+    _block = BlockDiagonalMask._block
+    materialize = BlockDiagonalMask.materialize
+
+    @classmethod
+    def from_seqlens(cls, q_seqlen, kv_seqstarts, kv_seqlen, *, device=None):
+        """Make one of lengths, and of where keys begin."""
+        assert len(q_seqlen) == len(kv_seqlen)
+        keys = _GappySeqInfo.from_seqlens_gappy(kv_seqstarts, kv_seqlen, device=device)
+        return cls(_SeqLenInfo.from_seqlens(q_seqlen, device=device), keys)
+
+
+@dataclass
+class BlockDiagonalCausalWithOffsetGappyKeysMask(BlockDiagonalGappyKeysMask):
+    """The same, causal from the bottom right; there may be fewer keys than queries."""
+
+    def _block(self, shape):
+        return LowerTriangularFromBottomRightMask().materialize(shape)

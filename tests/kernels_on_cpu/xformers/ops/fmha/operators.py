@@ -31,7 +31,13 @@ _CAUSAL_WINDOWS = (
     biases.BlockDiagonalCausalLocalAttentionFromBottomRightMask,
 )
 TAKES = {
-    ("fa2", False): (*_BANDS, *_CAUSAL_WINDOWS, biases.LocalAttentionFromBottomRightMask),
+    ("fa2", False): (
+        *_BANDS,
+        *_CAUSAL_WINDOWS,
+        biases.LocalAttentionFromBottomRightMask,
+        biases.BlockDiagonalGappyKeysMask,
+        biases.BlockDiagonalCausalWithOffsetGappyKeysMask,
+    ),
     ("fa2", True): (*_BANDS, *_CAUSAL_WINDOWS, biases.LocalAttentionFromBottomRightMask),
     ("cutlass", False): (*_BANDS, *_CAUSAL_WINDOWS, torch.Tensor, LowerTriangularMaskWithTensorBias),
     ("cutlass", True): (*_BANDS, torch.Tensor),
@@ -145,7 +151,7 @@ def check_memory(inp):
 
 
 def _scores(inp):
-    query, key = (each.float().movedim(1, -2) for each in (inp.query, inp.key))
+    query, key = (each.float().movedim(1, -2) for each in (inp.query, _seen(inp, inp.key)))
     scale = inp.query.shape[-1] ** -0.5 if inp.scale is None else inp.scale
     scores = query @ key.mT * scale
     if isinstance(inp.attn_bias, torch.Tensor):
@@ -164,11 +170,21 @@ def forward(name, inp, kept=None):
     weights = scores.softmax(-1).nan_to_num(0.0)
     if kept is not None:
         weights = weights * kept
-    output = (weights @ inp.value.float().movedim(1, -2)).movedim(-2, 1)
+    output = (weights @ _seen(inp, inp.value).float().movedim(1, -2)).movedim(-2, 1)
     lse = lse.masked_fill(empty, math.inf)
     if name == "cutlass":
         output = output.masked_fill(empty.movedim(-1, 1)[..., None], math.nan)
     return output.to(inp.query.dtype), lse_of(name, inp, lse)
+
+
+def _seen(inp, tensor):
+    """Return the keys or values that are in a sequence: what else there is may be NaN, and is never read."""
+    if not isinstance(inp.attn_bias, biases.BlockDiagonalGappyKeysMask):
+        return tensor
+    seen = torch.zeros_like(tensor)
+    for start, end in inp.attn_bias.k_seqinfo.intervals():
+        seen[:, start:end] = tensor[:, start:end]
+    return seen
 
 
 def lse_of(name, inp, lse):
