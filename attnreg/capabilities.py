@@ -226,8 +226,9 @@ def _heads(supports: Capabilities, request: Request) -> Iterator[Reason]:
         if asked is not None and asked < supports.min_head_dim:
             yield Reason("head_dim", str(asked), f"{supports.min_head_dim} or more", "Choose another backend.")
             break
-    if head_dim is not None and supports.max_head_dim is not None and head_dim > supports.max_head_dim:
-        yield Reason("head_dim", str(head_dim), f"up to {supports.max_head_dim}", "Choose another backend.")
+    largest = max(head_dim or 0, request.value_head_dim or 0)
+    if supports.max_head_dim is not None and largest > supports.max_head_dim:
+        yield Reason("head_dim", str(largest), f"up to {supports.max_head_dim}", "Choose another backend.")
     if head_dim is not None and head_dim % multiple:
         yield Reason("head_dim", str(head_dim), f"multiples of {multiple}", "Choose another backend.")
     if not supports.value_head_dim and _differ(head_dim, request.value_head_dim):

@@ -27,6 +27,9 @@ _KEYWORDS_OF: Final = {
     feature: tuple(keyword for keyword, need in KEYWORDS.items() if need == feature) for feature in KEYWORDS.values()
 }
 
+_NAMED: Final = frozenset({"cache", "block_table", "cache_seqlens"})
+"""Keywords that a function must name to honour: a capability of pages is about one form of them."""
+
 _SINGLE: Final = 4
 """Bytes of a float32, which autocast replaces."""
 
@@ -37,7 +40,10 @@ _LIMITS: Final[tuple[tuple[Callable[[Capabilities], bool], Check], ...]] = (
         lambda can: can.min_head_dim != 1,
         lambda can, call: min(call.query.shape[-1], call.value.shape[-1]) < can.min_head_dim,
     ),
-    (lambda can: can.max_head_dim is not None, lambda can, call: call.query.shape[-1] > can.max_head_dim),
+    (
+        lambda can: can.max_head_dim is not None,
+        lambda can, call: max(call.query.shape[-1], call.value.shape[-1]) > can.max_head_dim,
+    ),
     (lambda can: can.head_dim_multiple != 1, lambda can, call: call.query.shape[-1] % can.head_dim_multiple != 0),
     (lambda can: can.devices is not None, lambda can, call: call.query.device.type not in (can.devices or ())),
     (
@@ -132,6 +138,7 @@ class Guarded(ByName):
         super().__init__(name, attention)
         self._supports = supports
         self._foreign = FOREIGN.keys() - _parameters(attention).keys()
+        self._unread = _NAMED - _parameters(attention).keys() if supports.paged else frozenset()
         self._rules = _Rules.of(supports)
         self._on = {device: _Rules.of(supports.at(device)) for device, _ in tuple(supports.on)}
 
@@ -173,6 +180,9 @@ class Guarded(ByName):
         for keyword, asked in rest.items():
             if keyword in rules.refused and _is_asked(keyword, asked, query, key, attention_mask):
                 self._judge(module, query, key, value, attention_mask, {**known, **rest})
+            elif keyword in self._unread and asked is not None:
+                wanted = f"{' and '.join(sorted(_NAMED - self._unread))}, which {self._name} reads"
+                raise InvalidInputError(f"the keyword {keyword!r}", "another form of pages", wanted)
             elif keyword in self._foreign and _means_something(keyword, asked):
                 raise InvalidInputError(f"the keyword {keyword!r}", "not one of attnreg's", FOREIGN[keyword])
         call = _Call(module, query, key, value, attention_mask, {**known, **rest} if rest else known)
@@ -196,9 +206,7 @@ class Guarded(ByName):
         asked["is_causal"] = _wants_flag(call)
         request = Request.of(query, key, value, backward=_wants_gradients(call), **asked)
         if found := reasons(self._supports, request):
-            from attnreg.selection import able
-
-            raise UnsupportedError(self._name, found, able(request, besides=self._name))
+            raise UnsupportedError(self._name, found, _able(request, self._name))
 
 
 class _Call(NamedTuple):
@@ -289,6 +297,17 @@ def _asks_for(feature: str, call: _Call) -> bool:
     )
 
 
+def _able(request: Request, name: str) -> tuple[str, ...]:
+    """Name backends that can; not in a trace, which must not look into the registry."""
+    import torch
+
+    if torch.compiler.is_compiling():
+        return ()
+    from attnreg.selection import able
+
+    return able(request, besides=name)
+
+
 def _wants_flag(call: _Call) -> bool:
     """Whether a flag alone asks for causality, and hides any key by it: the last query alone sees them all."""
     if call.attention_mask is not None:
@@ -302,7 +321,7 @@ def _wants_gradients(call: _Call) -> bool:
 
     if not torch.is_grad_enabled():
         return False
-    learned = call.kwargs.get("s_aux"), call.kwargs.get("position_bias")
+    learned = call.kwargs.get("s_aux"), call.kwargs.get("position_bias"), call.kwargs.get("scaling")
     tensors = call.query, call.key, call.value, *learned
     return any(getattr(each, "requires_grad", False) for each in tensors)
 

@@ -37,6 +37,13 @@ def check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
     raise _wrong_shapes(query, key, value)
 
 
+def check_alike(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Raise `InvalidInputError` unless the three have one dtype and lie on one device."""
+    if not (query.dtype is key.dtype is value.dtype and query.device == key.device == value.device):
+        got = ", ".join(f"{each.dtype} on {each.device}" for each in (query, key, value))
+        raise InvalidInputError("query, key and value", got, "one dtype, on one device")
+
+
 def check_mask(mask: Any, sizes: Sizes, device: torch.device) -> None:
     """Raise `InvalidMaskError` unless *mask* is bool or floating, on *device*, and broadcasts over the scores."""
     if not (_broadcasts(mask, sizes) and (mask.dtype is torch.bool or mask.is_floating_point())):
@@ -199,7 +206,7 @@ def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def check_window(window: int) -> None:
     """Raise `InvalidInputError` unless *window* holds a key."""
-    if window < 1:
+    if isinstance(window, float) or window < 1:
         raise InvalidInputError("sliding_window", str(window), "1 or more keys, the query's own included")
 
 
@@ -223,7 +230,7 @@ def scaled(query: torch.Tensor, scaling: Any) -> tuple[torch.Tensor, float | Non
     A factor that is a tensor, to be learned, or is zero or negative, is multiplied into the query.
     """
     if isinstance(scaling, torch.Tensor) or scaling <= 0:
-        return query * scaling, 1.0
+        return (query * scaling).to(query.dtype), 1.0
     return query, scaling
 
 
@@ -233,7 +240,8 @@ def nothing(
     """Return what a call without any query or any key gives: 0, and a log-sum-exp of -inf; gradients are 0."""
     batch, heads, q_length, _ = query.shape
     output = query.new_zeros(batch, q_length, heads, value.shape[3])
-    output = output + (query.sum() + key.sum() + value.sum()) * 0
+    # Gradients of 0 need a way back, but no value may come along it: infinity times 0 is no number.
+    output = output + sum(each[..., :0].sum() for each in (query, key, value))
     if not return_lse:
         return output, None
     return output, None, query.new_full((batch, heads, q_length), float("-inf"), dtype=torch.float32)

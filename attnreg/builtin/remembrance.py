@@ -32,9 +32,9 @@ def remembered(mask: torch.Tensor, what: str, look: Callable[[torch.Tensor], tor
 def known(tensor: torch.Tensor, what: str, look: Callable[[torch.Tensor], tuple[Any, ...]]) -> tuple[Any, ...]:
     """Return *look(tensor)*, plain values for which the device is waited for once, until torch writes to the tensor.
 
-    Tensors of inference mode count no writes, so they are looked at each time.
+    Tensors of inference mode count no writes, so they are looked at each time; so are those on the CPU.
     """
-    if tensor.is_inference():
+    if tensor.is_cpu or tensor.is_inference():  # there a look waits for nothing
         return look(tensor)
     found: tuple[Any, ...] = _found(tensor, what, look)
     return found

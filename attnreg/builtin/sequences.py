@@ -47,7 +47,8 @@ def mask_of(
     batch, _, q_length, kv_length, _ = sizes
     window = _window(sliding_window, q_length, kv_length)
     # In a trace the sizes can be symbols, and nothing is gained by keeping the record.
-    made = _rows if tracing() else _kept_rows
+    plain = all(type(size) is int for size in (batch, q_length, kv_length))
+    made = _kept_rows if plain and not tracing() else _rows
     mask = made(batch, q_length, kv_length, is_causal, window)
     if cu_seq_lens[0] is None and cu_seq_lens[1] is None:
         return mask
@@ -156,6 +157,10 @@ def _packed(
         raise InvalidInputError(missing, "missing", "both cu_seq_lens_q and cu_seq_lens_k")
     if mask.batch_size != 1:
         raise InvalidInputError("a batch with cu_seq_lens_q", f"{mask.batch_size} rows", "one row, packed")
+    for which, ends in (("q", cu_seq_lens_q), ("k", cu_seq_lens_k)):
+        if not isinstance(ends, torch.Tensor) or ends.dtype not in (torch.int32, torch.int64) or not ends.numel():
+            got = f"{ends.dtype} {tuple(ends.shape)}" if isinstance(ends, torch.Tensor) else f"a {type(ends).__name__}"
+            raise InvalidInputError(f"cu_seq_lens_{which}", got, "an int32 tensor (sequences + 1,)")
     if cu_seq_lens_q.dim() != 1 or cu_seq_lens_q.shape != cu_seq_lens_k.shape:
         got = f"of shapes {tuple(cu_seq_lens_q.shape)} and {tuple(cu_seq_lens_k.shape)}"
         raise InvalidInputError("cu_seq_lens_q and cu_seq_lens_k", got, "(sequences + 1,) both")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnreg.builtin.inputs import causality, check_inputs, refuse_vmap, scaled
+from attnreg.builtin.inputs import causality, check_alike, check_inputs, refuse_vmap, scaled
 from attnreg.builtin.sequences import in_sequences, mask_of, padded_lse
 from attnreg.builtin.sinks import without_gradient as without
 from attnreg.masks.extent import tracing
@@ -124,6 +124,7 @@ def prepared(
         UnsupportedError: the call is inside of `torch.vmap`.
     """
     sizes = check_inputs(query, key, value)
+    check_alike(query, key, value)
     refuse_vmap(name, query, key, value)
     if not (sizes[0] and sizes[2] and sizes[3]):
         return None
@@ -165,10 +166,10 @@ def without_gradient(lse: torch.Tensor, output: torch.Tensor, name: str) -> torc
         output: what came with it.
         name: the backend's, for errors.
     """
-    lse = lse.detach()
-    if tracing() or not (torch.is_grad_enabled() and output.requires_grad):
+    if tracing():  # there the operator says so
         return lse
-    return without(lse, output, name)
+    lse = lse.detach()
+    return without(lse, output, name) if torch.is_grad_enabled() and output.requires_grad else lse
 
 
 def _multiple(number: int, of: int) -> int:

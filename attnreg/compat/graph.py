@@ -32,6 +32,8 @@ def graph_op(
     *,
     backward: Callable[[Gradients, Tensors, tuple[Any, ...]], Gradients] | None = None,
     differentiable: Sequence[str] = (),
+    without_gradient: Sequence[int] = (),
+    random: bool = False,
 ) -> Callable[..., Any]:
     """Make one operator of a kernel.
 
@@ -45,6 +47,8 @@ def graph_op(
         backward: `(grads, outputs, args) -> gradients`: of each result a gradient or None, the results, the
             arguments; it returns one gradient, or None, for each name in *differentiable*.
         differentiable: arguments that have gradients.
+        without_gradient: results, by number, through which no gradient flows: asking for one raises.
+        random: it draws random numbers, so that running it again, as checkpointing does, must draw the same ones.
 
     Returns:
         The operator, called by position. It returns a tuple, or the one tensor if there is one.
@@ -59,7 +63,7 @@ def graph_op(
     names = [argument.split()[-1] for argument in found["args"].split(",") if argument.strip()]
     if unknown := set(differentiable) - set(names):
         raise InvalidInputError("differentiable", ", ".join(sorted(unknown)), f"some of {', '.join(names)}")
-    operator = _operator(name, schema, forward, fake, single=count == 1)
+    operator = _operator(name, schema, forward, fake, single=count == 1, random=random)
     if backward is not None:
         places = tuple(names.index(each) for each in differentiable)
         outputs = ", ".join(f"Tensor output_{number}" for number in range(count))
@@ -72,13 +76,19 @@ def graph_op(
             lambda *args: tuple(_like(args[2 * count + place], args[0]) for place in places),
             single=len(places) == 1,
         )
-        _differentiate(operator, adjoint, places, count)
+        _differentiate(operator, adjoint, places, count, tuple(without_gradient))
     called: Callable[..., Any] = operator
     return called
 
 
 def _operator(
-    name: str, schema: str, run: Callable[..., Tensors], fake: Callable[..., Tensors], *, single: bool
+    name: str,
+    schema: str,
+    run: Callable[..., Tensors],
+    fake: Callable[..., Tensors],
+    *,
+    single: bool,
+    random: bool = False,
 ) -> Any:
     def result(found: Tensors) -> Any:
         # The graph was laid out for contiguous results; and an operator's result must not be another one in disguise.
@@ -88,7 +98,8 @@ def _operator(
         with torch.no_grad():
             return result(run(*args))
 
-    operator = torch.library.custom_op(name, computed, mutates_args=(), schema=schema)
+    tags = (torch.Tag.nondeterministic_seeded,) if random else ()
+    operator = torch.library.custom_op(name, computed, mutates_args=(), schema=schema, tags=tags)
     operator.register_fake(lambda *args: result(fake(*args)))
     return operator
 
@@ -112,14 +123,21 @@ def _like(argument: torch.Tensor | None, output: torch.Tensor | None) -> torch.T
     return torch.zeros(0) if output is None else output.new_zeros(0)
 
 
-def _differentiate(operator: Any, adjoint: Any, places: tuple[int, ...], count: int) -> None:
+def _differentiate(
+    operator: Any, adjoint: Any, places: tuple[int, ...], count: int, without_gradient: tuple[int, ...]
+) -> None:
     def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
         outputs = (output,) if count == 1 else tuple(output)
         tensors = [each for each in inputs if isinstance(each, torch.Tensor)]
         ctx.save_for_backward(*outputs, *tensors)
         ctx.rest = tuple(None if isinstance(each, torch.Tensor) else (each,) for each in inputs)
 
     def differentiate(ctx: Any, *grads: torch.Tensor | None) -> Gradients:
+        if any(grads[number] is not None for number in without_gradient):
+            fix = "Detach it, also where a compiled function returns it, or choose a backend whose log-sum-exp has one."
+            reason = Reason("backward", "the gradient of the log-sum-exp", "that of the output", fix)
+            raise UnsupportedError(operator._qualname.partition("::")[0], [reason])  # noqa: SLF001
         outputs, tensors = ctx.saved_tensors[:count], iter(ctx.saved_tensors[count:])
         inputs = tuple(next(tensors) if each is None else each[0] for each in ctx.rest)
         found = adjoint(*grads, *outputs, *inputs)

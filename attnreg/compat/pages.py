@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from attnreg.builtin.inputs import causality, check_window, scaled
+from attnreg.builtin.inputs import causality, check_alike, check_window, scaled
 from attnreg.capabilities import Reason
 from attnreg.errors import InvalidInputError, InvalidMaskError, UnsupportedError
 
@@ -53,6 +53,7 @@ def prepared(
     is_causal: bool | None,
     sliding_window: int | None,
     page_multiple: int = 1,
+    head_dim_multiple: int = 8,
 ) -> Pages:
     """Check a call over pages, and lay it out as kernels read it.
 
@@ -69,6 +70,7 @@ def prepared(
         is_causal: the keyword.
         sliding_window: the keyword.
         page_multiple: the kernel takes page sizes that are a multiple of this.
+        head_dim_multiple: the same of head dimensions; a cache is not filled up here.
 
     Raises:
         InvalidInputError: shapes, dtypes or a window that do not fit, or no `cache_seqlens`.
@@ -78,6 +80,10 @@ def prepared(
     if attention_mask is not None:
         raise InvalidMaskError("the mask beside a block table", f"a {type(attention_mask).__name__}", "None")
     lengths = _checked(query, key, value, block_table, cache_seqlens)
+    if query.shape[3] % head_dim_multiple:
+        fix = "Fill head dimensions up with zeros, in the cache too."
+        multiples = f"multiples of {head_dim_multiple}"
+        raise UnsupportedError(name, [Reason("head_dim", str(query.shape[3]), multiples, fix)])
     if key.shape[2] % page_multiple:
         fix = "Choose another page size."
         sizes = f"multiples of {page_multiple}"
@@ -108,12 +114,17 @@ def _checked(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_table: Any, cache_seqlens: torch.Tensor | None
 ) -> torch.Tensor:
     rows = query.shape[0]
-    if not (query.dim() == key.dim() == 4 and key.shape == value.shape and query.shape[3] == key.shape[3]):  # noqa: PLR2004
+    check_alike(query, key, value)
+    fits = query.dim() == key.dim() == 4 and key.shape == value.shape and query.shape[3] == key.shape[3]  # noqa: PLR2004
+    if not fits or (query.shape[1] % key.shape[1] if key.shape[1] else 1):
         got = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-        wanted = "query (B, Hq, Sq, D), key and value (pages, Hkv, page_size, D)"
+        wanted = "query (B, Hq, Sq, D), key and value (pages, Hkv, page_size, D), Hq a multiple of Hkv"
         raise InvalidInputError("the input beside a block table", got, wanted)
     if cache_seqlens is None:
         raise InvalidInputError("cache_seqlens", "missing", "int32 (batch,), the tokens of each row")
+    if not isinstance(block_table, torch.Tensor) or not isinstance(cache_seqlens, torch.Tensor):
+        got = f"{type(block_table).__name__} and {type(cache_seqlens).__name__}"
+        raise InvalidInputError("block_table and cache_seqlens", got, "two int32 tensors")
     for what, tensor, shape in (
         ("block_table", block_table, (rows, *(block_table.shape[1:2] or (0,)))),
         ("cache_seqlens", cache_seqlens, (rows,)),

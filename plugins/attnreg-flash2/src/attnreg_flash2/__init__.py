@@ -34,7 +34,7 @@ SUPPORTS: Final = attnreg.Capabilities(
     packing=True,
     paged=True,
     lse=True,
-    exclusive=(("softcap", "dropout"), ("paged", "backward")),
+    exclusive=(("softcap", "dropout"), ("paged", "backward"), ("paged", "dropout"), ("paged", "packing")),
     priority=40,
 )
 

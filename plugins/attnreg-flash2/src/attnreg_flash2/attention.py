@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnreg import Reason, UnsupportedError, compat
+from attnreg import InvalidInputError, Reason, UnsupportedError, compat
 from attnreg.compat import flash
 from attnreg_flash2 import KERNEL
 from attnreg_flash2.graph import ROWS, SEQUENCES
@@ -55,7 +55,7 @@ def flash_attention_2(
     That has no gradients, in the kernel.
 
     A query without any key gives 0, and a log-sum-exp of -inf. Gradients do not flow through the log-sum-exp: asking
-    for them raises, in a graph they are none.
+    for them raises.
 
     Raises:
         InvalidInputError: shapes, a cap, a window or lengths that do not fit.
@@ -66,6 +66,10 @@ def flash_attention_2(
     Source: https://github.com/Dao-AILab/flash-attention, arXiv:2307.08691.
     """
     cap = compat.check_cap(softcap) or 0.0
+    if not 0 <= dropout < 1:
+        raise InvalidInputError("dropout", str(dropout), "a probability below 1")
+    if block_table is None and cache_seqlens is not None:
+        raise InvalidInputError("cache_seqlens", "without block_table", "both, for keys and values in pages")
     if block_table is not None:
         return attend_pages(
             module,
@@ -111,7 +115,7 @@ def _computed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the output and, with *lse*, the log-sum-exp, which else is any tensor."""
     mask, window = call.mask, call.window(_UNLIMITED)
-    if compat.tracing():
+    if compat.tracing() or (lse and dropout):  # the public function would return all weights besides
         options = dropout, call.scale, mask.is_causal, *window, cap, slopes, deterministic
         if call.in_rows:
             found = ROWS(*call.tensors, *options)

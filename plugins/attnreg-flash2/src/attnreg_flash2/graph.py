@@ -77,6 +77,8 @@ ROWS: Final = compat.graph_op(
     _rows_fake,
     backward=_rows_backward,
     differentiable=("query", "key", "value"),
+    without_gradient=(1,),
+    random=True,
 )
 SEQUENCES: Final = compat.graph_op(
     "attnreg_flash2::sequences",
@@ -85,4 +87,6 @@ SEQUENCES: Final = compat.graph_op(
     _sequences_fake,
     backward=_sequences_backward,
     differentiable=("query", "key", "value"),
+    without_gradient=(1,),
+    random=True,
 )

@@ -20,6 +20,8 @@ KERNEL: Final = attnreg.Kernel(
     note="checked against its published signature, not yet run on its real kernel",
 )
 
+EIGHT_BITS: Final = replace(KERNEL, min_gpu="9.0")
+
 SUPPORTS: Final = attnreg.Capabilities(
     devices=frozenset({"cuda"}),
     dtypes=frozenset({"float16", "bfloat16"}),
@@ -47,7 +49,7 @@ def attnreg_register(registry: attnreg.Registrar) -> None:
 
     for attention, supports, kernel in (
         (flash_attention_3, SUPPORTS, KERNEL),
-        (flash_attention_3_fp8, FP8, replace(KERNEL, min_gpu="9.0")),
+        (flash_attention_3_fp8, FP8, EIGHT_BITS),
     ):
         registry.add(
             attnreg.Backend(

@@ -8,6 +8,7 @@ import torch
 
 from attnreg import compat
 from attnreg.compat import flash
+from attnreg_flash3 import EIGHT_BITS, KERNEL
 from attnreg_flash3.eight_bits import quantised
 from attnreg_flash3.graph import attended
 
@@ -42,7 +43,7 @@ def flash_attention_3(
     given, and concerns gradients.
 
     A query without any key gives 0, and a log-sum-exp of -inf. Gradients do not flow through the log-sum-exp: asking
-    for them raises, in a graph they are none.
+    for them raises.
 
     Raises:
         InvalidInputError: shapes, a cap, a window or lengths that do not fit.
@@ -68,7 +69,7 @@ def flash_attention_3(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     tensors = (*call.tensors, None, None, None)
-    output, lse = attended(call, tensors, cap, deterministic=deterministic, lse=return_lse)
+    output, lse = attended(KERNEL, call, tensors, cap, deterministic=deterministic, lse=return_lse)
     return call.finished(
         output, flash.without_gradient(lse, output, flash_attention_3.__name__) if return_lse else None
     )
@@ -112,7 +113,7 @@ def flash_attention_3_fp8(
     )
     if call is None:
         return compat.nothing(query, key, value, return_lse=return_lse)
-    output, lse = attended(call, quantised(call), cap, deterministic=False, lse=return_lse)
+    output, lse = attended(EIGHT_BITS, call, quantised(call), cap, deterministic=False, lse=return_lse)
     return call.finished(output.to(query.dtype), lse if return_lse else None)
 
 

@@ -26,6 +26,9 @@ def quantised(call: flash.Call) -> tuple[torch.Tensor, ...]:
 
 
 def _quantised(tensor: torch.Tensor, kv_heads: int, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if not tensor.shape[0]:  # no token at all: an empty maximum is none
+        factor = torch.ones(sequences, kv_heads, device=tensor.device)
+        return tensor.to(torch.float8_e4m3fn), factor
     rows = tensor if tensor.dim() == 4 else tensor[None]  # noqa: PLR2004 - rows of a batch
     group = rows.shape[2] // kv_heads
     by_head = rows.reshape(rows.shape[0], rows.shape[1], kv_heads, group * rows.shape[3])

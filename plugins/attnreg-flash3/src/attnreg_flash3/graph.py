@@ -15,6 +15,7 @@ from attnreg import Reason, UnsupportedError, compat
 from attnreg_flash3 import KERNEL
 
 if TYPE_CHECKING:
+    from attnreg import Kernel
     from attnreg.compat import flash
 
     Tensors = tuple[torch.Tensor, ...]
@@ -25,11 +26,18 @@ _CHOOSE: Final = 0
 
 
 def attended(
-    call: flash.Call, tensors: tuple[torch.Tensor | None, ...], cap: float, *, deterministic: bool, lse: bool
+    kernel: Kernel,
+    call: flash.Call,
+    tensors: tuple[torch.Tensor | None, ...],
+    cap: float,
+    *,
+    deterministic: bool,
+    lse: bool,
 ) -> tuple[torch.Tensor, Any]:
     """Compute attention.
 
     Args:
+        kernel: where it is from, and on which GPUs it runs.
         call: what `flash.prepared` returned.
         tensors: query, key, value, and their factors if they are quantised.
         cap: of the scores, 0 for none.
@@ -42,6 +50,7 @@ def attended(
     if compat.tracing():
         found = _ROWS(*tensors, *options) if call.in_rows else _SEQUENCES(*tensors, *lengths, *options)
         return found[0], found[1]
+    kernel.load()
     return _run(tensors, () if call.in_rows else lengths, options, lse=lse)
 
 
@@ -72,7 +81,7 @@ def _run(
     if lse and found is None:
         fix = "Install a newer one, or choose another backend with lse."
         said = f"flash_attn_3 {KERNEL.version()} returns none"
-        raise UnsupportedError("flash_attention_3", [Reason("lse", "the log-sum-exp", said, fix)])
+        raise UnsupportedError("flash_attention_3 and _fp8", [Reason("lse", "the log-sum-exp", said, fix)])
     return output, found
 
 
@@ -112,6 +121,7 @@ _ROWS: Final = compat.graph_op(
     _rows_fake,
     backward=compat.rerun(_rows, (0, 1, 2)),
     differentiable=_LEARNED,
+    without_gradient=(1,),
 )
 _SEQUENCES: Final = compat.graph_op(
     "attnreg_flash3::sequences",
@@ -120,4 +130,5 @@ _SEQUENCES: Final = compat.graph_op(
     _sequences_fake,
     backward=compat.rerun(_sequences, (0, 1, 2)),
     differentiable=_LEARNED,
+    without_gradient=(1,),
 )

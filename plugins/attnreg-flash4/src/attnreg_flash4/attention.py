@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
-from attnreg import Reason, UnsupportedError, compat
+from attnreg import InvalidInputError, compat
 from attnreg.compat import flash, pages
 from attnreg_flash4 import KERNEL
-from attnreg_flash4.graph import ROWS, SEQUENCES, over_pages
+from attnreg_flash4.graph import ROWS, SEQUENCES, over_pages, refusals
 from attnreg_flash4.splitting import Parts, in_parts
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ def flash_attention_4(
 
     Source: https://github.com/Dao-AILab/flash-attention/tree/main/flash_attn/cute.
     """
+    if block_table is None and cache_seqlens is not None:
+        raise InvalidInputError("cache_seqlens", "without block_table", "both, for keys and values in pages")
     sinks = None if s_aux is None else compat.check_sinks(s_aux, query.shape[1])
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -164,7 +166,10 @@ def _splits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, asked: 
     if asked is not None:
         return asked
     learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    return _CHOOSE if query.shape[2] <= _DECODING and not learns else 1
+    if learns:
+        return 1
+    # On Hopper nothing is asked of the length, which may be a symbol: only single queries are split there.
+    return _CHOOSE if _on_hopper(query.device) or query.shape[2] <= _DECODING else 1
 
 
 def _parts(call: flash.Call, options: _Options) -> Parts | None:
@@ -230,11 +235,6 @@ def _computed(call: flash.Call, options: _Options) -> tuple[torch.Tensor, Any]:
         keywords |= dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), lengths, strict=True))
     package = KERNEL.load()
     run = package.flash_attn_func if call.in_rows else package.flash_attn_varlen_func
-    try:
+    with refusals(call.query, call.value):
         output, found_lse = run(*call.tensors, **keywords)
-    except (AssertionError, NotImplementedError) as error:  # how the package says that it has no program for a call
-        fix = "Choose another backend, such as sdpa."
-        wanted = f"query {tuple(call.query.shape)} and value {tuple(call.value.shape)} in {call.query.dtype}"
-        reason = Reason("kernel", wanted, f"flash-attn-4 {KERNEL.version()} says: {error}", fix)
-        raise UnsupportedError(NAME, [reason]) from error
     return output, found_lse

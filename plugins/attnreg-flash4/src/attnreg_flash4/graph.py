@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from attnreg import compat
+from attnreg import Reason, UnsupportedError, compat
 from attnreg_flash4 import KERNEL
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from attnreg.compat import pages
 
     Tensors = tuple[torch.Tensor, ...]
@@ -21,6 +24,18 @@ _LENGTHS_NAMES: Final = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_se
 _OPTIONS: Final = (
     "Tensor? sinks, float scale, bool causal, int? left, int? right, float softcap, int num_splits, bool deterministic"
 )
+
+
+@contextmanager
+def refusals(query: torch.Tensor, value: torch.Tensor) -> Iterator[None]:
+    """Turn how the package says that it has no program for a call into a refusal with that reason."""
+    try:
+        yield
+    except (AssertionError, NotImplementedError) as error:
+        fix = "Choose another backend, such as sdpa."
+        wanted = f"query {tuple(query.shape)} and value {tuple(value.shape)} in {query.dtype}"
+        reason = Reason("kernel", wanted, f"flash-attn-4 {KERNEL.version()} says: {error}", fix)
+        raise UnsupportedError("flash_attention_4", [reason]) from error
 
 
 def _rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any) -> Tensors:
@@ -35,20 +50,21 @@ def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: tuple[Any, ...], lengths: dict[str, Any]
 ) -> Tensors:
     sinks, scale, causal, left, right, softcap, num_splits, _ = options
-    output, lse, *_ = KERNEL.load()._flash_attn_fwd(  # noqa: SLF001 - what its autograd function calls
-        query,
-        key,
-        value,
-        **lengths,
-        softmax_scale=scale,
-        causal=causal,
-        softcap=softcap,
-        window_size_left=left,
-        window_size_right=right,
-        learnable_sink=sinks,
-        num_splits=num_splits,
-        return_lse=True,
-    )
+    with refusals(query, value):
+        output, lse, *_ = KERNEL.load()._flash_attn_fwd(  # noqa: SLF001 - what its autograd function calls
+            query,
+            key,
+            value,
+            **lengths,
+            softmax_scale=scale,
+            causal=causal,
+            softcap=softcap,
+            window_size_left=left,
+            window_size_right=right,
+            learnable_sink=sinks,
+            num_splits=num_splits,
+            return_lse=True,
+        )
     return output, lse
 
 
@@ -107,20 +123,21 @@ def _pages(
     softcap: float,
     num_splits: int,
 ) -> Tensors:
-    output, lse = KERNEL.load().flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        page_table=block_table,
-        seqused_k=cache_seqlens,
-        softmax_scale=scale,
-        causal=causal,
-        window_size=(left, right),
-        learnable_sink=sinks,
-        softcap=softcap,
-        num_splits=num_splits,
-        return_lse=True,
-    )
+    with refusals(query, value):
+        output, lse = KERNEL.load().flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            page_table=block_table,
+            seqused_k=cache_seqlens,
+            softmax_scale=scale,
+            causal=causal,
+            window_size=(left, right),
+            learnable_sink=sinks,
+            softcap=softcap,
+            num_splits=num_splits,
+            return_lse=True,
+        )
     return output, lse
 
 
