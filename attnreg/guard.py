@@ -138,7 +138,8 @@ class Guarded(ByName):
         super().__init__(name, attention)
         self._supports = supports
         self._foreign = FOREIGN.keys() - _parameters(attention).keys()
-        self._unread = _NAMED - _parameters(attention).keys() if supports.paged else frozenset()
+        read = _NAMED & _parameters(attention).keys()
+        self._unread = _NAMED - read if supports.paged and read else frozenset()
         self._rules = _Rules.of(supports)
         self._on = {device: _Rules.of(supports.at(device)) for device, _ in tuple(supports.on)}
 

@@ -489,13 +489,13 @@ WRONG_PAGES = [
         {"value": torch.zeros(6, 2, 8, 24)},
         InvalidInputError,
         "the input beside a block table is query (2, 4, 3, 16), key (6, 2, 8, 16), value (6, 2, 8, 24); wanted: query "
-        "(B, Hq, Sq, D), key and value (pages, Hkv, page_size, D).",
+        "(B, Hq, Sq, D), key and value (pages, Hkv, page_size, D), Hq a multiple of Hkv.",
     ),
     (
         {"query": torch.zeros(2, 3, 16)},
         InvalidInputError,
         "the input beside a block table is query (2, 3, 16), key (6, 2, 8, 16), value (6, 2, 8, 16); wanted: query "
-        "(B, Hq, Sq, D), key and value (pages, Hkv, page_size, D).",
+        "(B, Hq, Sq, D), key and value (pages, Hkv, page_size, D), Hq a multiple of Hkv.",
     ),
     (
         {"page_multiple": 256},
