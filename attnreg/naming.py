@@ -17,7 +17,9 @@ PREFIX: Final = "attnreg:"
 """What a backend's alias in transformers begins with; no backend's own name can."""
 
 _BASE = re.compile(r"[A-Za-z0-9_.-]+")
-_HUB = re.compile(r"(?P<repo>[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+)(@[A-Za-z0-9_./-]+)?(:[A-Za-z_][A-Za-z0-9_]*)?")
+_HUB = re.compile(
+    r"(?P<repo>[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+)(@(?P<revision>[A-Za-z0-9_./-]+))?(:[A-Za-z_][A-Za-z0-9_]*)?"
+)
 _WRAPPER = re.compile(r"(?P<wrapper>[A-Za-z][A-Za-z0-9_]*)(\((?P<args>[^()|]*)\))?")
 
 
@@ -43,10 +45,17 @@ def check_base(name: object) -> str:
         raise InvalidNameError(name, f"{AUTO!r} asks for automatic choice")
     hub = _HUB.fullmatch(name)
     if hub and not any(set(part) == {"."} for part in hub["repo"].split("/")):
+        if hub["revision"] is not None and not is_revision(hub["revision"]):
+            raise InvalidNameError(name, f"{hub['revision']!r} is no revision")
         return name
     if not _BASE.fullmatch(name) or set(name) == {"."}:
         raise InvalidNameError(name, "it is empty" if not name else "it has a part that the grammar does not allow")
     return name
+
+
+def is_revision(text: str) -> bool:
+    """Whether *text* can be a revision: a revision becomes part of a path, which must not lead anywhere else."""
+    return not text.startswith("-") and all(part.strip(".") for part in text.split("/"))
 
 
 def parse(name: object) -> ParsedName:

@@ -12,7 +12,7 @@ from attnreg.naming import Wrapper, check_base, parse
 
 @pytest.mark.parametrize(
     "name",
-    ["sdpa", "flash_attention_2", "My.own-kernel_2", "org/repo", "org/repo@v1.2:fn", "org/repo@refs/pr/3", "eager"],
+    ["sdpa", "flash_attention_2", "My.own-kernel_2", "org/repo", "org/repo@v1.2:fn", "org/repo@a/b-c", "eager"],
 )
 def test_good_names(name: str) -> None:
     """Simple names and Hub names may be borne."""
@@ -29,6 +29,14 @@ def test_good_names(name: str) -> None:
         ("../x", "it has a part that the grammar does not allow"),
         ("org/repo:", "it has a part that the grammar does not allow"),
         ("sdpa\n", "it has a part that the grammar does not allow"),
+        ("org/repo@../../x--y/z/ref", "'../../x--y/z/ref' is no revision"),
+        ("org/repo@a/../b:fn", "'a/../b' is no revision"),
+        ("org/repo@..", "'..' is no revision"),
+        ("org/repo@a/./b", "'a/./b' is no revision"),
+        ("org/repo@a//b", "'a//b' is no revision"),
+        ("org/repo@/a", "'/a' is no revision"),
+        ("org/repo@a/", "'a/' is no revision"),
+        ("org/repo@-h", "'-h' is no revision"),
         ("auto", "'auto' asks for automatic choice"),
         (3, "it is of type int, not str"),
         (None, "it is of type NoneType, not str"),

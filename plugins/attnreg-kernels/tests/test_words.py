@@ -12,7 +12,7 @@ from attnreg_kernels.names import HubName, parse
 from attnreg_kernels.provision import provide
 
 import attnreg
-from attnreg import Capabilities, ConfigurationError, InvalidInputError, KernelError
+from attnreg import Capabilities, ConfigurationError, InvalidInputError, InvalidNameError, KernelError
 from attnreg.masks import sdpa_mask
 
 COMMIT = "0123456789" * 4
@@ -32,13 +32,51 @@ def adapter(function, module, query, key, value, attention_mask, *, scaling=None
         ("org/repo@v1", HubName("org/repo", "", 1, "")),
         ("org/repo@12:fn", HubName("org/repo", "", 12, "fn")),
         ("org/repo@v1.2", HubName("org/repo", "v1.2", None, "")),
-        ("org/repo@refs/pr/3:fn", HubName("org/repo", "refs/pr/3", None, "fn")),
+        ("org/repo@a/b:fn", HubName("org/repo", "a/b", None, "fn")),
         (f"org/repo@{COMMIT}", HubName("org/repo", COMMIT, None, "")),
     ],
 )
 def test_names(name: str, parsed: HubName) -> None:
     """A version is a number with or without a v; all else is a revision, a commit of digits alone included."""
     assert parse(name) == parsed
+
+
+@pytest.mark.parametrize(
+    "revision", ["../../models--evil--m/snapshots/x/ref", "a/../b", "..", "./a", "/a", "a//b", "-h"]
+)
+def test_a_revision_stays_in_its_repository(revision: str) -> None:
+    """A revision becomes a path in the cache: one that leads out of its folder is no name, here as in attnreg."""
+    attnreg_kernels.allow("org/repo")
+    attnreg_kernels.declare("org/repo", function="fn", convention="flash_attn_2")
+    for call in (parse, provide, attnreg.get):
+        with pytest.raises(InvalidNameError) as caught:
+            call(f"org/repo@{revision}:fn")
+        assert caught.value.problem == f"{revision!r} is no revision"
+
+
+@pytest.mark.parametrize(
+    ("revision", "why"),
+    [
+        *(
+            (each, "a proposal, which anybody can make")
+            for each in ("refs/pr/7", "refs/heads/main", "Refs/PR/7", "pr/7")
+        ),
+        ("v01", "a version with leading zeros, beside which there may be another one of the same number"),
+        ("001", "a version with leading zeros, beside which there may be another one of the same number"),
+    ],
+)
+def test_a_revision_is_the_publishers(revision: str, why: str) -> None:
+    """Anybody can propose a change to a trusted repository, so that a proposal is refused; so is a doubtful version."""
+    attnreg_kernels.allow("org/repo")
+    attnreg_kernels.trust("org/repo")
+    attnreg_kernels.declare("org/repo", function="fn", convention="flash_attn_2")
+    with pytest.raises(KernelError) as caught:
+        attnreg.get(f"org/repo@{revision}:fn")
+    assert str(caught.value) == (
+        f"the kernel of org/repo@{revision}:fn cannot be used:\n"
+        f"  hub_revision: wants org/repo at {revision}, {why}; supported: commits, branches and tags of its publisher. "
+        "Name a commit, which nobody can change: org/repo@<commit>:fn; or a version: org/repo@v1:fn."
+    )
 
 
 def test_a_name_without_a_revision() -> None:

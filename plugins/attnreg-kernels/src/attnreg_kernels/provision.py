@@ -11,7 +11,7 @@ from attnreg import KernelError, Reason
 from attnreg.masks import flash_attention_mask
 from attnreg_kernels import declarations, flash, permission
 from attnreg_kernels.declarations import OWN, Declaration
-from attnreg_kernels.names import HubName, parse
+from attnreg_kernels.names import HubName, objection, parse
 from attnreg_kernels.sources import Fetched, Source, Wanted, from_hub
 
 if TYPE_CHECKING:
@@ -64,13 +64,16 @@ def made(name: str, declaration: Declaration, source_of: Callable[[tuple[Wanted,
 
 
 def _unpinned(hub: HubName) -> list[Reason]:
-    if hub.pinned:
+    if hub.pinned and not (why := objection(hub.pinned)):
         return []
     behind = f":{hub.function}" if hub.function else ""
     fix = (
         f"Name a commit, which nobody can change: {hub.repository}@<commit>{behind}; or a version: "
         f"{hub.repository}@v1{behind}."
     )
+    if hub.pinned:
+        wanted, supported = f"{hub.repository} at {hub.pinned}, {why}", "commits, branches and tags of its publisher"
+        return [Reason("hub_revision", wanted, supported, fix)]
     return [Reason("hub_revision", f"{hub.repository} without a revision", "names with a revision or version", fix)]
 
 
