@@ -405,7 +405,7 @@ def test_nobody_reads_the_mask() -> None:
         ({"mask": torch.ones(2, 3, 7, 7)}, InvalidMaskError, "the attention mask is of shape (2, 3, 7, 7); wanted: (2 or 1, 4 or 1, 7 or 1, 7)."),
         ({"mask": torch.ones(2, 1, 7, 9)}, InvalidMaskError, "the attention mask is of shape (2, 1, 7, 9); wanted: (2 or 1, 4 or 1, 7 or 1, 7)."),
     ],
-    ids=lambda each: str(each)[:40] if isinstance(each, dict) else "",
+    ids=lambda each: " ".join(each) if isinstance(each, dict) else "",
 )  # fmt: skip
 @pytest.mark.parametrize("name", CHOICES)
 def test_errors(name, change, error, text) -> None:
@@ -442,7 +442,7 @@ def test_errors(name, change, error, text) -> None:
         *(({"dropout": bad}, InvalidInputError, f"dropout is {bad!r}; wanted: a probability, from 0 to 1.") for bad in ("", "0.1", None, float("nan"), -0.5)),
         *(({"is_causal": bad}, InvalidInputError, f"is_causal is {bad!r}; wanted: True, False or None.") for bad in ("false", 1)),
     ],
-    ids=lambda each: str(each)[:40] if isinstance(each, dict) else "",
+    ids=lambda each: " ".join(each) if isinstance(each, dict) else "",
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["eager", "auto"])
 def test_arguments_that_mean_nothing(name, change, error, text) -> None:

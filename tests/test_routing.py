@@ -136,7 +136,7 @@ def constants():
         return lambda m, query, k, v, a, **kw: (torch.full_like(query, number).transpose(1, 2), None)
 
     supports = Capabilities(is_causal=True)
-    AttentionInterface.register("sage_attention", constant(1.0), mask=masks.sdpa_mask, supports=supports)
+    AttentionInterface.register("sage_attention", constant(1.0), mask=masks.sdpa_mask, supports=supports, replace=True)
     AttentionInterface.register("mine", constant(2.0), mask=masks.sdpa_mask, supports=supports)
 
 
