@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from attnreg import NO_MASK, Backend, Capabilities, InvalidInputError, Kernel, default_registry, masks
 from attnreg.bench import Report, Row, Workload, benchmark
-from attnreg.bench.plotting import NothingToPlotError, _spread, _ticks, plot
+from attnreg.bench.plotting import NothingToPlotError, _spread, _ticks, plot, styles
 from attnreg.bench.timing import interleaved
 from attnreg.cli import main
 
@@ -326,7 +326,13 @@ def test_exit_codes(capsys) -> None:
         (("--heads", "7/2"), "the number of heads is 7 query heads on 2 key/value heads"),
         (("--heads", "many"), "'many' is neither 32 nor 32/8"),
         (("--lengths", "short"), "'short' is no list of lengths such as 512,1024"),
-        (("--lengths", "0,8"), "attnreg: a length is 0; wanted: 1 or more."),
+        (("--lengths", "0,8"), "attnreg: a length is 0; wanted: from 1 to 16777216."),
+        (("--lengths", "8,-1"), "attnreg: a length is -1; wanted: from 1 to 16777216."),
+        (("--lengths", "16777217"), "attnreg: a length is 16777217; wanted: from 1 to 16777216."),
+        (("--lengths", "9" * 23), f"attnreg: a length is {'9' * 23}; wanted: from 1 to 16777216."),
+        (("--batch", "9" * 23), f"attnreg: batch is {'9' * 23}; wanted: 16777216 or less."),
+        (("--heads", "9" * 23), f"attnreg: heads is {'9' * 23}; wanted: 16777216 or less."),
+        (("--head-dim", "16777217"), "attnreg: head_dim is 16777217; wanted: 16777216 or less."),
         (("--padding", "1"), "attnreg: the share of padding is 1; wanted: 0 or more, and less than 1."),
         (("--plot", "figure.pdf"), "figure.pdf ends with neither .png nor .svg"),
         (("--plot", "/no/such/folder/figure.png"), "/no/such/folder is no folder"),
@@ -341,11 +347,128 @@ def test_wrong_questions(capsys, arguments, text) -> None:
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("data", [[], {}, {"rows": [{}], "workload": {}}, {"rows": [], "workload": {"length": 1}}])
-def test_results_of_another_form(data) -> None:
-    """What is no result of this command is refused by name."""
-    with pytest.raises(InvalidInputError, match="the result is of another form .*; wanted: what attnreg bench --json"):
+ROW = (
+    "backend, origin, status, length, milliseconds, low, high, spread, rounds, teraflops, ratio_to_sdpa, deviation, "
+    "peak_bytes, mask_milliseconds, problem"
+)
+TIME = "a number from 1e-09 to 1e+12, or null"
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "text"),
+    [
+        ("report", "hardware", {}, "hardware of the result is {}; wanted: an object of texts, with device, cpu, cores"),
+        ("report", "hardware", [], "hardware of the result is []; wanted: an object of texts, with device, cpu, cores"),
+        ("report", "versions", None, "versions of the result is null; wanted: an object of texts"),
+        ("report", "versions", {"torch": 2}, "versions of the result is {'torch': 2}; wanted: an object of texts"),
+        ("report", "date", 2026, "date of the result is 2026; wanted: a text"),
+        ("report", "command", None, "command of the result is null; wanted: a text"),
+        ("report", "rows", {}, "rows of the result is {}; wanted: a list"),
+        ("report", "workload", "small", "workload of the result is 'small'; wanted: an object"),
+        ("report", "extra", 1, "a field of the result is 'extra'; wanted: one of workload, hardware, versions, date, "
+         "command, rows"),
+        ("workload", "batch", "4", f"batch of the workload of the result is '4'; wanted: a whole number from 1 to "
+         f"{2**63 - 1}"),
+        ("workload", "heads", True, f"heads of the workload of the result is True; wanted: a whole number from 1 to "
+         f"{2**63 - 1}"),
+        ("workload", "heads", 2**30, "heads is 1073741824; wanted: 16777216 or less"),
+        ("workload", "is_causal", "yes", "is_causal of the workload of the result is 'yes'; wanted: true or false"),
+        ("workload", "dtype", ["int8"], "dtype of the workload of the result is ['int8']; wanted: one of float16, "
+         "bfloat16, float32, float64"),
+        ("workload", "padding", None, "padding of the workload of the result is null; wanted: a number of 0 or more"),
+        ("workload", "padding", 1, "the share of padding is 1; wanted: 0 or more, and less than 1"),
+        ("row", "backend", 1, "backend of row 2 of the result is 1; wanted: a text"),
+        ("row", "problem", "\ud800", "problem of row 2 of the result is '\\ud800'; wanted: a text"),
+        ("row", "status", "fine", "status of row 2 of the result is 'fine'; wanted: one of works, wrong, refused, "
+         "broken"),
+        ("row", "length", "512", f"length of row 2 of the result is '512'; wanted: a whole number from 1 to "
+         f"{2**63 - 1}, or null"),
+        ("row", "length", 10**30, f"length of row 2 of the result is {10**30}; wanted: a whole number from 1 to "
+         f"{2**63 - 1}, or null"),
+        ("row", "length", None, "length of row 2 of the result is missing; wanted: the length that its milliseconds "
+         "belong to"),
+        ("row", "milliseconds", "0.1", f"milliseconds of row 2 of the result is '0.1'; wanted: {TIME}"),
+        ("row", "milliseconds", 0, f"milliseconds of row 2 of the result is 0; wanted: {TIME}"),
+        ("row", "milliseconds", -1.0, f"milliseconds of row 2 of the result is -1.0; wanted: {TIME}"),
+        ("row", "milliseconds", float("nan"), f"milliseconds of row 2 of the result is nan; wanted: {TIME}"),
+        ("row", "low", float("inf"), f"low of row 2 of the result is inf; wanted: {TIME}"),
+        ("row", "high", False, f"high of row 2 of the result is False; wanted: {TIME}"),
+        ("row", "teraflops", -1, "teraflops of row 2 of the result is -1; wanted: a number of 0 or more, or null"),
+        ("row", "deviation", 10**320, "deviation of row 2 of the result is 100000000000000000...0000000000000000000; "
+         "wanted: a number of 0 or more, or null"),
+        ("row", "rounds", 1.5, f"rounds of row 2 of the result is 1.5; wanted: a whole number from 0 to {2**63 - 1}"),
+        ("row", "lenght", 1, f"a field of row 2 of the result is 'lenght'; wanted: one of {ROW}"),
+    ],
+)  # fmt: skip
+def test_results_of_another_form(capsys, tmp_path, part, field, value, text) -> None:
+    """A field of a stored result that holds something else ends with exit code 2, its name, and what is wanted."""
+    report = stored().as_dict()
+    {"report": report, "workload": report["workload"], "row": report["rows"][1]}[part][field] = value
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(report))
+    assert attnreg(capsys, "--read", str(file)) == (2, "", f"attnreg: {text}.\n")
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ([], "the result is []; wanted: an object with the fields workload, hardware, versions, date, command, rows."),
+        ({}, "workload of the result is missing; wanted: an object."),
+        ({**stored().as_dict(), "workload": {}}, "device of the workload of the result is missing; wanted: a text."),
+        ({**stored().as_dict(), "rows": [1]}, f"row 1 of the result is 1; wanted: an object with the fields {ROW}."),
+        ({**stored().as_dict(), "rows": [{}]}, "backend of row 1 of the result is missing; wanted: a text."),
+        ({1: 2}, "a field of the result is 1; wanted: one of workload, hardware, versions, date, command, rows."),
+    ],
+)
+def test_no_results(data, text) -> None:
+    """What is no result at all is refused, with the first thing that is missing."""
+    with pytest.raises(InvalidInputError) as caught:
         Report.from_dict(data)
+    assert str(caught.value) == text
+
+
+def test_a_file_without_an_end(capsys, tmp_path) -> None:
+    """A file of brackets, which Python's reader gives up on, is refused like any other that is no JSON."""
+    file = tmp_path / "result.json"
+    file.write_text("[" * 200_000)
+    code, out, err = attnreg(capsys, "--read", str(file))
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+
+
+def test_rows_without_times(tmp_path) -> None:
+    """The fields of a row that say nothing may be left out, and a time without percentiles is drawn."""
+    rows = [{"backend": "sdpa", "origin": "x", "status": "works", "length": 8, "milliseconds": 1}]
+    report = Report.from_dict({**stored().as_dict(), "rows": rows})
+    assert report.rows == (Row(backend="sdpa", origin="x", status="works", length=8, milliseconds=1),)
+    plot(report, [tmp_path / "a.svg"])
+
+
+def test_colours() -> None:
+    """A known backend has a colour of its own, the same beside whatever others; these come after, by name."""
+    known = styles([])
+    assert len({style.colour for style in known.values()}) == len(known)
+    every = styles(["x/b", "sdpa", "x/a"])
+    assert [*every] == [*known, "x/a", "x/b"]
+    assert every | known == every
+    assert len(set(every.values())) == len(every)
+    names = {row.name for row in default_registry.rows() if row.origin.startswith(("attnreg itself", "attnreg-"))}
+    assert names - {"loopback"} <= known.keys()
+
+
+@given(st.sets(st.text(max_size=4), max_size=24))
+def test_lines_differ(names) -> None:
+    """No two lines of a picture look the same."""
+    drawn = styles(names)
+    assert drawn.keys() >= names
+    assert len(set(drawn.values())) == len(drawn)
+
+
+def test_texts_are_drawn_as_they_are(tmp_path) -> None:
+    """A dollar in a name is a dollar, and begins no formula."""
+    report = replace(stored(), hardware={"device": "$x^$ and $", "cpu": "", "cores": ""})
+    plot(report, [tmp_path / "a.svg"])
+    assert "$x^$ and $, bfloat16" in (tmp_path / "a.svg").read_text()
 
 
 def test_plot(capsys, tmp_path) -> None:

@@ -269,7 +269,7 @@ def _peak(device: torch.device, before: int, call: Callable[[], object]) -> int 
     torch.cuda.reset_peak_memory_stats(device)
     call()
     wait(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return max(torch.cuda.max_memory_allocated(device) - before, 0)  # what was there before may have been freed since
 
 
 def _refused(row: Row, against: Iterable[Reason]) -> Row:

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from attnreg.errors import AttnregError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from attnreg.bench.report import Report, Row
 
 SUFFIXES: Final = (".png", ".svg")
-_COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#6B6B6B")
-"""Told apart by people who see fewer colours: Okabe and Ito's, without the yellow that is too pale for a line."""
+_COLOURS: Final = {
+    "sdpa": "#0072B2",
+    "flash_attention_2": "#E69F00",
+    "flash_attention_4": "#D55E00",
+    "flex_attention": "#009E73",
+    "xformers": "#6B6B6B",
+    "sage_attention": "#CC79A7",
+    "varlen": "#7F3C8D",
+    "sdpa_flash": "#56B4E9",
+    "flash_attention_3": "#882255",
+    "eager": "#000000",
+    "sdpa_cudnn": "#332288",
+    "sdpa_efficient": "#8A8A00",
+    "sdpa_math": "#8C6239",
+    "flash_attention_3_fp8": "#FF6F91",
+}
+"""Known backends have the same colour in every picture. The first are told apart by people who see fewer colours: Okabe
+and Ito's, without the yellow that is too pale for a line."""
 _DASHES: Final[tuple[Any, ...]] = ("solid", (0, (5, 2)), (0, (1, 1.5)))
 _MARKERS: Final = "os^Dv<>Ph*"
 _WIDTH, _HEIGHT = 9.0, 6.4
@@ -62,11 +78,17 @@ def plot(report: Report, files: Iterable[Path]) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context({"svg.hashsalt": _HASH, "font.size": 10, "font.family": "DejaVu Sans"}):
+    settings: dict[Any, Any] = {
+        "svg.hashsalt": _HASH,
+        "font.size": 10,
+        "font.family": "DejaVu Sans",
+        "text.parse_math": False,
+    }
+    with mpl.rc_context(settings):
         figure = Figure(figsize=(_WIDTH, _HEIGHT), facecolor="white")
         axes = figure.add_axes((0.085, 0.1, 0.725, 0.775))
         _axes(axes, report)
-        _lines(axes, report.curves)
+        _lines(axes, report.curves, styles([row.backend for row in report.rows]))
         _title(figure, report)
         for file in files:
             metadata = {"Date": None} if file.suffix.lower() == ".svg" else {}
@@ -114,18 +136,40 @@ def _ticks(values: Sequence[float]) -> list[float]:
     return [tick for tick in ladder if below <= tick <= above]
 
 
-def _lines(axes: Any, curves: dict[str, list[Row]]) -> None:
+class Style(NamedTuple):
+    """How a line looks."""
+
+    colour: str
+    dashes: Any
+    marker: str
+
+
+def styles(names: Iterable[str]) -> dict[str, Style]:
+    """Return the style of each backend: of a known one always the same, and of others, by name, what comes after."""
+    colours = list(_COLOURS.values())
+    order = [*_COLOURS, *sorted(set(names) - set(_COLOURS))]
+    return {
+        name: Style(
+            colours[number % len(colours)],
+            _DASHES[number // len(colours) % len(_DASHES)],
+            _MARKERS[number % len(_MARKERS)],
+        )
+        for number, name in enumerate(order)
+    }
+
+
+def _lines(axes: Any, curves: dict[str, list[Row]], looks: Mapping[str, Style]) -> None:
     """Draw a line for each backend, the band of its spread, and its name at the end."""
     ends = []
-    for number, (name, rows) in enumerate(curves.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
+    for name, rows in curves.items():
+        colour, dashes, marker = looks[name]
         lengths = [row.length for row in rows]
         axes.plot(
             lengths,
             [row.milliseconds for row in rows],
             color=colour,
-            linestyle=_DASHES[number // len(_COLOURS) % len(_DASHES)],
-            marker=_MARKERS[number % len(_MARKERS)],
+            linestyle=dashes,
+            marker=marker,
             markersize=5,
             linewidth=1.8,
         )

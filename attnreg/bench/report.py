@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal
 
-from attnreg.bench.workload import Workload
+from attnreg.bench.forms import FLAG, LIST, TEXT, Form, checked, number, one_of, or_null, texts, whole
+from attnreg.bench.workload import DTYPES, Workload
 from attnreg.errors import InvalidInputError
 
 Status = Literal["works", "refused", "broken", "wrong"]
@@ -110,13 +111,59 @@ class Report:
         """Read what `as_dict` returned.
 
         Raises:
-            InvalidInputError: it is something else.
+            InvalidInputError: it is something else; the text says which field holds what.
         """
-        try:
-            rows = tuple(
-                Row(**{name: value for name, value in row.items() if name != "spread"}) for row in data["rows"]
-            )
-            return cls(**{**data, "workload": Workload(**data["workload"]), "rows": rows})
-        except (TypeError, KeyError, AttributeError) as error:
-            wanted = "what attnreg bench --json prints"
-            raise InvalidInputError("the result", f"of another form ({error})", wanted) from error
+        data = checked(data, "the result", _REPORT)
+        workload = Workload(**checked(data["workload"], "the workload of the result", _WORKLOAD))
+        rows = tuple(_row_of(row, f"row {index} of the result") for index, row in enumerate(data["rows"], start=1))
+        return cls(**{**data, "workload": workload, "rows": rows})
+
+
+def _row_of(data: Any, where: str) -> Row:
+    """Read a row; the spread is what its times make it."""
+    data = checked(data, where, _ROW, optional=_ROW.keys() - {"backend", "origin", "status"})
+    if data.get("milliseconds") is not None and data.get("length") is None:
+        raise InvalidInputError(f"length of {where}", "missing", "the length that its milliseconds belong to")
+    return Row(**{name: value for name, value in data.items() if name != "spread"})
+
+
+_TIME: Final = or_null(number(1e-9, 1e12))
+"""Milliseconds, from a picosecond to thirty years: what has a logarithm that an axis can hold."""
+_SIZE: Final = or_null(number(0))
+
+_WORKLOAD: Final[dict[str, Form]] = {
+    "device": TEXT,
+    "dtype": one_of(DTYPES),
+    "batch": whole(1),
+    "heads": whole(1),
+    "kv_heads": whole(1),
+    "head_dim": whole(1),
+    "is_causal": FLAG,
+    "backward": FLAG,
+    "padding": number(0),
+}
+_REPORT: Final[dict[str, Form]] = {
+    "workload": Form("an object", lambda value: isinstance(value, dict)),
+    "hardware": texts("device", "cpu", "cores"),
+    "versions": texts(),
+    "date": TEXT,
+    "command": TEXT,
+    "rows": LIST,
+}
+_ROW: Final[dict[str, Form]] = {
+    "backend": TEXT,
+    "origin": TEXT,
+    "status": one_of(STATUSES),
+    "length": or_null(whole(1)),
+    "milliseconds": _TIME,
+    "low": _TIME,
+    "high": _TIME,
+    "spread": or_null(number(float("-inf"))),
+    "rounds": whole(0),
+    "teraflops": _SIZE,
+    "ratio_to_sdpa": _SIZE,
+    "deviation": _SIZE,
+    "peak_bytes": or_null(whole(0)),
+    "mask_milliseconds": _SIZE,
+    "problem": TEXT,
+}

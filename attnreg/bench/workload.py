@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 DTYPES: Final = ("float16", "bfloat16", "float32", "float64")
 BACKWARD: Final = 3.5
 """Forward and backward pass together, in forward passes: two matrix products, and five (arXiv:2205.14135)."""
+LARGEST: Final = 2**24
+"""Length, heads and the like: a larger one is a slip of the finger, and torch says less well what is wrong."""
 CHECKED: Final = 128
 """Queries that are compared with the oracle."""
 
@@ -57,6 +59,9 @@ class Workload:
             raise InvalidInputError("the share of padding", f"{self.padding:g}", "0 or more, and less than 1")
         if self.batch < 1:
             raise InvalidInputError("the batch", f"of {self.batch} rows", "1 row or more")
+        for name in ("batch", "heads", "kv_heads", "head_dim"):
+            if getattr(self, name) > LARGEST:
+                raise InvalidInputError(name, str(getattr(self, name)), f"{LARGEST} or less")
         self.request()
 
     def __str__(self) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import typer
 
 from attnreg.cli.output import console, print_json, print_problems, print_table, progress_console
+from attnreg.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -76,13 +77,19 @@ def run(
 
 
 def reread(file: Path, plots: list[Path], *, as_json: bool) -> bool:
-    """Print and plot what `--json` has printed before; return whether something was measured, and nothing is wrong."""
+    """Print and plot what `--json` has printed before; return whether something was measured, and nothing is wrong.
+
+    Raises:
+        MissingPlotterError: a plot is wanted, and matplotlib is not installed.
+        NothingToPlotError: a plot is wanted, and nothing was measured.
+        InvalidInputError: the file holds something else.
+    """
     _check_plots(plots)
     from attnreg.bench import Report
 
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise typer.BadParameter(f"{file}: {error}", param_hint="--read") from error
     report = Report.from_dict(data)
     show(report, plots, as_json=as_json)
@@ -131,11 +138,17 @@ def _check_plots(files: list[Path]) -> None:
 
 
 def _lengths(text: str) -> list[int]:
+    from attnreg.bench.workload import LARGEST
+
     try:
-        return sorted({int(length) for length in text.split(",")})
+        lengths = sorted({int(length) for length in text.split(",")})
     except ValueError:
         message = f"{text!r} is no list of lengths such as 512,1024"
         raise typer.BadParameter(message, param_hint="--lengths") from None
+    for length in lengths:
+        if not 1 <= length <= LARGEST:
+            raise InvalidInputError("a length", str(length), f"from 1 to {LARGEST}")
+    return lengths
 
 
 def _print(report: Report) -> None:
