@@ -76,8 +76,8 @@ def tests(session: nox.Session) -> None:
     install(session, SHARED, "types", "test")
     workers = str(min(max(os.cpu_count() or 1, 2), 4))
     shared_out = ("-n", workers, "--dist", "loadscope", "--no-loadscope-reorder")
-    command = (programs(SHARED) / "python", "-m", "pytest", *shared_out, *session.posargs)
-    session.run(*command, env={"HF_HUB_OFFLINE": "1"}, external=True)
+    python = programs(SHARED) / "python"
+    session.run(python, "-m", "pytest", *shared_out, *session.posargs, env={"HF_HUB_OFFLINE": "1"}, external=True)
 
 
 @nox.session(venv_backend="none")
