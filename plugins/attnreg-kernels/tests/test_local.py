@@ -95,7 +95,7 @@ def test_functions_that_are_not_as_declared(registered) -> None:
     with pytest.raises(KernelError) as caught:
         registered("no_such_function").kernel.load()
     assert caught.value.reasons[0].code == "hub_function"
-    assert "attend, flash_attn_func, flash_attn_varlen_func, plain_func, swallowing_func" in str(caught.value)
+    assert "attend, flash_attn_func, flash_attn_varlen_func, inference_func, plain_func" in str(caught.value)
     for function, _missing in (
         ("swallowing_func", "with causal, deterministic"),
         ("attend", "with causal, deterministic"),
@@ -185,6 +185,65 @@ def test_a_gradient_that_the_function_does_not_bring(registered) -> None:
     output = torch.compile(run, fullgraph=True, backend="aot_eager")(*tensors)
     with pytest.raises(UnsupportedError, match="its gradient in a graph"):
         output.sum().backward()
+
+
+def equal_heads() -> list[torch.Tensor]:
+    """Query, key and value with gradients, of as many heads."""
+    query, key, _ = inputs()
+    return [each.detach().requires_grad_() for each in (query, key.repeat(1, 2, 1, 1), key.repeat(1, 2, 1, 1))]
+
+
+def test_a_function_for_inference_alone(registered) -> None:
+    """Where gradients are wanted it raises, instead of training without them; without gradients it computes."""
+    backend = registered("inference_func")
+    tensors = equal_heads()
+    with pytest.raises(UnsupportedError) as caught:
+        backend.call(None, *tensors, None, is_causal=False)
+    assert str(caught.value) == (
+        "backend 'mine' cannot do what is asked:\n"
+        "  backward: wants gradients; supported: what its function brings, which is none. Declare it without "
+        "(supports=..., backward=False), call it under torch.no_grad(), or choose another one."
+    )
+    with torch.no_grad():
+        assert not backend.call(None, *tensors, None, is_causal=False)[0].requires_grad
+
+
+def test_an_adapter_for_inference_alone(registered) -> None:
+    """An adapter's function is held to the same: gradients that are wanted are there, or an error."""
+
+    def detached(function, module, query, key, value, attention_mask, *, scaling=None, **_):
+        return adapter(function, module, query, key, value, attention_mask, scaling=scaling)[0].detach(), None
+
+    supports = attnreg.Capabilities(devices=frozenset({"cpu"}))
+    backend = registered("attend", convention=detached, supports=supports, mask=sdpa_mask)
+    with pytest.raises(UnsupportedError, match="supported: what its function brings, which is none"):
+        backend.call(None, *equal_heads(), None, is_causal=False)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_there_is_no_gradient_of_the_lse(registered, *, compiled: bool) -> None:
+    """Whoever asks for it gets an error, and not a gradient of 0; detached, it stands beside that of the output."""
+    backend = registered(supports=replace(IN_ROWS, lse=True))
+
+    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output, _, lse = backend.call(None, *tensors, None, is_causal=False, return_lse=True)
+        return output, lse
+
+    def detached(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output, lse = run(*tensors)
+        return output, lse.detach()
+
+    def backward(function, tensors: list[torch.Tensor]) -> None:
+        call = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
+        output, lse = call(*tensors)
+        (output.float().square().sum() + lse.sum()).backward()
+
+    error = torch._dynamo.exc.BackendCompilerFailed if compiled else UnsupportedError  # noqa: SLF001
+    with pytest.raises(error, match="wants the gradient of the log-sum-exp; supported: that of the output"):
+        backward(run, inputs(gradients=True))
+    tensors = inputs(gradients=True)
+    backward(detached, tensors)
+    assert bool(tensors[0].grad.any())
 
 
 def test_the_kernel_is_loaded_once(registered) -> None:

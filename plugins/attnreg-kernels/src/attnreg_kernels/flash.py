@@ -22,7 +22,7 @@ from attnreg.compat import check_cap, flash, graph_op, nothing, tracing
 from attnreg_kernels.sources import Wanted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from attnreg_kernels.sources import Source
 
@@ -97,9 +97,23 @@ def attention_of(name: str, source: Source) -> Callable[..., Any]:
         else:
             functions = source.load().functions
             output, lse = _run(name, functions, call.tensors, lengths, rest, return_lse=return_lse)
-        return call.finished(output, lse.detach() if return_lse else None)
+            check_gradient(name, call.tensors, output)
+        return call.finished(output, flash.without_gradient(lse, output, name) if return_lse else None)
 
     return attention
+
+
+def check_gradient(name: str, tensors: Iterable[Any], output: Any) -> None:
+    """Raise if a gradient is wanted of what was computed from *tensors*, and the kernel's function cut it off.
+
+    Raises:
+        UnsupportedError: it is for inference alone: its gradients would silently be none.
+    """
+    if not torch.is_grad_enabled() or not isinstance(output, torch.Tensor) or output.requires_grad:
+        return
+    if any(isinstance(each, torch.Tensor) and each.requires_grad for each in tensors):
+        fix = "Declare it without (supports=..., backward=False), call it under torch.no_grad(), or choose another one."
+        raise UnsupportedError(name, [Reason("backward", "gradients", "what its function brings, which is none", fix)])
 
 
 def _run(
@@ -166,6 +180,7 @@ def _operator(name: str, source: Source) -> Callable[..., Any]:
         _fake,
         backward=backward,
         differentiable=("query", "key", "value"),
+        without_gradient=(1,),
     )
 
 

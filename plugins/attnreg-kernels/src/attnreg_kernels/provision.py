@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import attnreg
 from attnreg import KernelError, Reason
+from attnreg.compat import tracing
 from attnreg.masks import flash_attention_mask
 from attnreg_kernels import declarations, flash, permission
 from attnreg_kernels.declarations import OWN, Declaration
@@ -46,7 +47,7 @@ def made(name: str, declaration: Declaration, source_of: Callable[[tuple[Wanted,
     convention = declaration.convention
     if callable(convention):
         source = source_of((Wanted(declaration.function),))
-        attention = _adapted(convention, source)
+        attention = _adapted(name, convention, source)
         mask = declaration.mask
     else:
         source = source_of(flash.wanted(declaration.function, declaration.varlen))
@@ -77,11 +78,14 @@ def _unpinned(hub: HubName) -> list[Reason]:
     return [Reason("hub_revision", f"{hub.repository} without a revision", "names with a revision or version", fix)]
 
 
-def _adapted(adapter: Callable[..., Any], source: Source) -> Callable[..., Any]:
+def _adapted(name: str, adapter: Callable[..., Any], source: Source) -> Callable[..., Any]:
     """Give *adapter* the kernel's function, and look to the outside like the rest of it."""
 
     def attention(*args: Any, **kwargs: Any) -> Any:
-        return adapter(source.load().functions[0], *args, **kwargs)
+        found = adapter(source.load().functions[0], *args, **kwargs)
+        if not tracing():
+            flash.check_gradient(name, args[1:4], found[0] if isinstance(found, tuple) else found)
+        return found
 
     _, *rest = inspect.signature(adapter).parameters.values()
     attention.__signature__ = inspect.Signature(rest)  # type: ignore[attr-defined]

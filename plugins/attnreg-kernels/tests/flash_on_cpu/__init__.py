@@ -97,6 +97,22 @@ def plain_func(
     return (output, scores.logsumexp(-1)) if return_attn_probs else output
 
 
+def inference_func(
+    q,
+    k,
+    v,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    deterministic=False,
+    return_attn_probs=False,
+):
+    """The same for inference alone: what it returns is detached."""
+    with torch.no_grad():
+        return plain_func(q, k, v, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs)
+
+
 def attend(query, key, value, mask, scale):
     """A function of another convention: heads first, a bool mask or none."""
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale)
