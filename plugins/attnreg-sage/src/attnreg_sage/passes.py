@@ -6,7 +6,6 @@ torch would take twelve kernels for this, and go over the output always.
 """
 
 # mypy: disallow-untyped-decorators=False
-# pyright: reportIndexIssue=false
 from __future__ import annotations
 
 from typing import Any, Final, NamedTuple
