@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Final
 
-import torch
-
 from attnreg_sage.operands import (
     BLOCK,
     attended,
@@ -19,6 +17,8 @@ from attnreg_sage.operands import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from attnreg_sage.installed import Sage
 
 _QUERIES: Final = 128
@@ -44,8 +44,16 @@ def _everything(sage: Sage, query: torch.Tensor, key: torch.Tensor, value: torch
     keys = key.shape[1]
     counted = sage.counts_empty_places and worth_counting(-keys % BLOCK, keys)
     head_dim = sage.head_dim(kernel_head_dim(key, value, counted=counted))
-    query = placed(query, 0, query.shape[1], head_dim)
-    return _by_kernel(sage, query, key, value, keys, scale, causal=False, counted=counted)
+    values, factor = shrunk(value, keys, head_dim)
+    run = functools.partial(
+        _run,
+        sage,
+        placed(query, 0, query.shape[1], head_dim),
+        smoothed(key, key.mean(dim=1, keepdim=True), keys, head_dim),
+        scale=scale,
+        causal=False,
+    )
+    return attended(run, values, factor, value.shape[-1], query.shape[2], counted=counted)
 
 
 def _causal(sage: Sage, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -56,40 +64,17 @@ def _causal(sage: Sage, query: torch.Tensor, key: torch.Tensor, value: torch.Ten
     queries, keys = query.shape[1], key.shape[1]
     length = _readable(keys)
     head_dim = sage.head_dim(kernel_head_dim(key, value, counted=False))
-    query = placed(query, keys - queries, length, head_dim)
-    output = _by_kernel(sage, query, key, value, length, scale, causal=True, counted=False)
-    return part(output, keys - queries, queries, value.shape[-1]).contiguous()
-
-
-def _by_kernel(
-    sage: Sage,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    length: int,
-    scale: float,
-    *,
-    causal: bool,
-    counted: bool,
-) -> torch.Tensor:
-    """Prepare keys and values of that length, in the query's head dimension, and bring the output to the value's."""
-    head_dim, value_head_dim = query.shape[3], value.shape[3]
-    if not key.is_cuda:
-        values, factor = shrunk(value, length, head_dim)
-        keys = smoothed(key, key.mean(dim=1, keepdim=True), length, head_dim)
-        run = functools.partial(_run, sage, query, keys, scale=scale, causal=causal)
-        return attended(run, values, factor, value_head_dim, query.shape[2], counted=counted)
-    from attnreg_sage import passes
-
-    with torch.cuda.device(key.device):
-        ready = passes.prepared(key, value, length, head_dim)
-        run = functools.partial(_run, sage, query, ready.key, scale=scale, causal=causal)
-        if counted:
-            factor = ready.inverse.reciprocal()[:, None, :, None]
-            return attended(run, ready.value, factor, value_head_dim, query.shape[2], counted=True)
-        output = run(ready.value).contiguous()
-        passes.restore(output, ready.inverse)
-    return output.narrow(-1, 0, value_head_dim).contiguous()
+    values, factor = shrunk(value, length, head_dim)
+    run = functools.partial(
+        _run,
+        sage,
+        placed(query, keys - queries, length, head_dim),
+        smoothed(key, key.mean(dim=1, keepdim=True), length, head_dim),
+        scale=scale,
+        causal=True,
+    )
+    output = attended(run, values, factor, value.shape[-1], query.shape[2])
+    return part(output, keys - queries, queries, value.shape[-1])
 
 
 def _readable(keys: int) -> int:

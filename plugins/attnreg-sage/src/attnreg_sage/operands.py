@@ -7,8 +7,7 @@ Three things are special about the kernels.
 - Scores are 8-bit, one step for 64 keys, so keys are best without what they have in common. Any vector may be
   subtracted from all keys of a sequence: a softmax does not change when all scores of a row do.
 - Values and weights meet in float16, and the products of 64 keys are added up in float16 before float32 takes over.
-  So values are brought to 512 at most, by a power of two, which is exact. On a GPU `passes` does this and the first for
-  whole rows, and leaves values alone that are of the right size.
+  So values are brought to 512 at most, by a power of two, which is exact.
 - Without causality, the Triton kernels take the empty places of the last block of 64 keys for keys whose score is 0
   and whose value is 0: 63 of them beside 577 keys, and the weights are too small by 6 %. They are left out by
   dividing by what the weights of the real keys add up to. A column of ones among the values says that; if there is no
