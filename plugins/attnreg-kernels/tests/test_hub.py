@@ -146,6 +146,71 @@ def test_offline_fails_closed(cache: Path, outcomes) -> None:
     assert "SystemExit: this must not run" in found["with dependency"]["text"]
 
 
+def other(cache: Path, repository: str, commit: str, put, source: str) -> None:
+    """Put another commit of *repository* into the cache, which no branch is at."""
+    place = f"kernels--{repository.replace('/', '--')}"
+    put(cache / "elsewhere", repository, commit=commit, source=source)
+    (cache / "elsewhere" / place / "snapshots" / commit).rename(cache / place / "snapshots" / commit)
+
+
+def test_offline_nothing_leads_out_of_a_repository(tmp_path: Path, outcomes, put) -> None:
+    """Neither a branch's file nor a dependency's revision names another repository's code, trusted or not."""
+    up = "../../kernels--evil--m/snapshots/" + COMMIT
+    put(tmp_path, "evil/m", source=EVIL)
+    put(tmp_path, "org/attn")
+    (tmp_path / "kernels--org--attn" / "refs" / "led").write_text(up)
+    (tmp_path / "kernels--org--attn" / "refs" / "v3").write_text(up)
+    put(tmp_path, "org/needy", needs=({"repo-id": "org/attn", "revision": f"{up}/ref"},))
+    put(tmp_path, "org/proposed", needs=({"repo-id": "org/attn", "revision": "refs/pr/7"},))
+    code = """
+    for repository in ("attn", "needy", "proposed"):
+        declare(f"org/{repository}")
+    for name in ("org/attn@led", "org/attn@v3", "org/needy@v1", "org/proposed@v1"):
+        results[name] = outcome(load, name)
+    """
+    found = outcomes(code, tmp_path, **ALLOWED, ATTNREG_KERNELS_TRUST="org/attn,org/needy,org/proposed")
+    assert {name: each["codes"] for name, each in found.items()} == {name: ["hub_not_cached"] for name in found}
+
+
+def test_offline_what_was_looked_at_runs(tmp_path: Path, outcomes, put) -> None:
+    """A version that is two commits is refused, whichever `kernels` would take; two names of one commit are one."""
+    for repository in ("org/two", "org/same", "org/legacy"):
+        put(tmp_path, repository)
+        other(tmp_path, repository, "b" * 40, put, EVIL)
+    (tmp_path / "kernels--org--two" / "refs" / "v01").write_text("b" * 40)
+    (tmp_path / "kernels--org--same" / "refs" / "v01").write_text(COMMIT)
+    (tmp_path / "models--org--legacy" / "refs").mkdir(parents=True)
+    (tmp_path / "models--org--legacy" / "refs" / "v1").write_text("b" * 40)
+    code = """
+    for repository in ("two", "same", "legacy"):
+        declare(f"org/{repository}")
+        results[repository] = outcome(load, f"org/{repository}@v1")
+    """
+    found = outcomes(code, tmp_path, **ALLOWED, ATTNREG_KERNELS_TRUST="org/two,org/same,org/legacy")
+    assert found["two"]["codes"] == found["legacy"]["codes"] == ["hub_not_cached"]
+    assert found["same"] == "_org_same"
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"kernel-depends": [{"version": 1}]}', '{"kernel-depends": [{"repo-id": "org/x"}]}']
+)
+def test_offline_a_broken_cache_is_a_reason(tmp_path: Path, outcomes, put, text: str) -> None:
+    """What cannot be read does not run, and stands in the way of nobody else."""
+    put(tmp_path, "org/attn")
+    for path in tmp_path.glob("kernels--org--attn/snapshots/*/build/*/metadata.json"):
+        path.write_text(text)
+    code = """
+    declare("org/attn")
+    results["reasons"] = [reason.code for reason in attnreg.get("org/attn@v1").kernel.reasons()]
+    results["auto"] = attnreg.explain(attnreg.Request(device="cpu", dtype="bfloat16")).winner
+    results["load"] = outcome(load, "org/attn@v1")
+    """
+    found = outcomes(code, tmp_path, **ALLOWED, ATTNREG_KERNELS_TRUST="org/attn,org/x")
+    assert found["reasons"] == found["load"]["codes"] == ["hub_not_cached"]
+    assert "kernels that can be looked at before they run" in found["load"]["text"]
+    assert found["auto"] == "sdpa"
+
+
 def test_permission_is_asked_again_at_the_first_call(cache: Path, outcomes) -> None:
     """A record that was made while its repository was allowed does not run once it is not."""
     code = """
@@ -234,7 +299,9 @@ def test_no_network_fails_closed(cache: Path, outcomes) -> None:
     results["untrusted"] = outcome(load, "org/attn@v1")
     attnreg_kernels.trust("org/attn")
     results["trusted"] = outcome(load, "org/attn@v1")
+    results["reasons"] = attnreg.get("org/attn@v1").kernel.reasons()
     """
     found = outcomes(code, cache, ATTNREG_KERNELS_ALLOW="org/*", HF_HUB_OFFLINE="0")
+    assert found["reasons"] == []  # the next attempt may reach it
     assert found["untrusted"]["codes"] == ["hub_trust"]
     assert found["trusted"]["codes"] == ["hub_download"]

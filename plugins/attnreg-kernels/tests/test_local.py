@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,6 +186,57 @@ def test_a_gradient_that_the_function_does_not_bring(registered) -> None:
     output = torch.compile(run, fullgraph=True, backend="aot_eager")(*tensors)
     with pytest.raises(UnsupportedError, match="its gradient in a graph"):
         output.sum().backward()
+
+
+def written(folder: Path, source: str, kernel: Path) -> Path:
+    """Put a kernel of *source* into *folder*, under an id of its own."""
+    folder.mkdir()
+    metadata = (kernel / "metadata.json").read_text()
+    (folder / "metadata.json").write_text(metadata.replace("_attnreg_flash_on_cpu", f"_{folder.name}"))
+    (folder / "__init__.py").write_text(source)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "ValueError('do not trust this GPU')",
+        "ValueError('CUDA version 12 needed')",
+        "FileNotFoundError('libcudart.so.12')",
+        "ConnectionError('no licence server')",
+        "RuntimeError('not for the current device')",
+    ],
+)
+def test_what_a_kernel_says_is_no_advice(kernel: Path, tmp_path: Path, registry: attnreg.Registry, error: str) -> None:
+    """Whatever a kernel's own module raises, the remedy is the publisher's, and never more trust."""
+    folder = written(tmp_path / "raising", f"raise {error}", kernel)
+    backend = attnreg_kernels.local(
+        "mine", folder, function="f", convention="flash_attn_2", supports=IN_ROWS, registry=registry
+    )
+    with pytest.raises(KernelError) as caught:
+        backend.kernel.load()
+    assert [(each.code, each.fix) for each in caught.value.reasons] == [
+        ("kernel_import", "Report this to those who publish it.")
+    ]
+
+
+def test_two_names_of_one_kernel_import_it_once(kernel: Path, tmp_path: Path, registry: attnreg.Registry) -> None:
+    """Two threads that ask for it by two names at once wait for each other."""
+    count = (
+        "import pathlib, time\nwith open(pathlib.Path(__file__).parent / 'count', 'a') as file:\n    file.write('x')\n"
+    )
+    source = (kernel / "__init__.py").read_text()
+    folder = written(tmp_path / "counting", f"{count}time.sleep(0.3)\n{source}", kernel)
+    backends = [
+        attnreg_kernels.local(
+            name, folder, function="flash_attn_func", convention="flash_attn_2", supports=IN_ROWS, registry=registry
+        )
+        for name in ("one", "two")
+    ]
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda backend: backend.kernel.load().module, backends)
+    assert first is second
+    assert (folder / "count").read_text() == "x"
 
 
 def equal_heads() -> list[torch.Tensor]:

@@ -10,14 +10,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from attnreg import Reason
+from attnreg_kernels.names import is_repository, is_revision, objection
 from attnreg_kernels.permission import TRUST, trusted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+_VERSION: Final = re.compile(r"v(?P<number>[0-9]+)")
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 
 
 class Pinned(NamedTuple):
@@ -72,20 +79,67 @@ def _with_dependencies(kernels: list[Pinned]) -> list[Pinned]:
     return found
 
 
-def _cached(kernel: Pinned) -> Path | None:
-    from huggingface_hub import snapshot_download
+def commit_of(kernel: Pinned) -> str | None:
+    """Return the commit that *kernel* is in the cache; None if it is not there, or could be more than one."""
+    folder = _cached(kernel)
+    return None if folder is None else folder.name
 
+
+def _cached(kernel: Pinned) -> Path | None:
+    """Return the folder of the commit, which lies in the repository's own: nothing that a name says leads out of it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.file_download import repo_folder_name
+
+    if not (is_repository(kernel.repository) and is_revision(kernel.revision)) or objection(kernel.revision):
+        return None
     try:
-        folder = snapshot_download(
-            kernel.repository,
-            repo_type="kernel",
-            revision=kernel.revision,
-            cache_dir=os.environ.get("KERNELS_CACHE"),
-            local_files_only=True,
+        version = _VERSION.fullmatch(kernel.revision)
+        revision = kernel.revision if version is None else _version(kernel.repository, int(version["number"]))
+        folder = Path(
+            snapshot_download(
+                kernel.repository,
+                repo_type="kernel",
+                revision=revision,
+                cache_dir=_caches()[0],
+                local_files_only=True,
+            )
         )
+        snapshots = _caches()[0] / repo_folder_name(repo_id=kernel.repository, repo_type="kernel") / "snapshots"
     except Exception:  # noqa: BLE001 - whatever the cache is like: it is not known to be there
         return None
-    return Path(folder)
+    is_commit = bool(_COMMIT.fullmatch(folder.name)) and folder.resolve() == snapshots.resolve() / folder.name
+    return folder if is_commit else None
+
+
+def _caches() -> list[Path]:
+    """Return where `kernels` looks for kernels, and for versions: the first is read once, when it is imported."""
+    from huggingface_hub import constants
+
+    now = os.environ.get("KERNELS_CACHE") or constants.HF_HUB_CACHE
+    loaded = sys.modules.get("kernels.hf_hub")
+    first = now if loaded is None else (loaded.CACHE_DIR or constants.HF_HUB_CACHE)
+    return [Path(first), Path(now)]
+
+
+def _version(repository: str, number: int) -> str:
+    """Return the commit of a version, as `kernels` finds it: it takes whichever of v1 and v01 comes last."""
+    from huggingface_hub.file_download import repo_folder_name
+
+    commits = set()
+    for cache in _caches():
+        for kind in ("kernel", "model"):
+            for path in (cache / repo_folder_name(repo_id=repository, repo_type=kind) / "refs").glob("v*"):
+                if path.is_file() and _number(path.name[1:]) == number:
+                    commits.add(path.read_text().strip())
+    (commit,) = commits  # more than one: which of them runs would be a matter of chance
+    return commit
+
+
+def _number(text: str) -> int | None:
+    try:
+        return int(text)
+    except ValueError:
+        return None
 
 
 def _dependencies(folder: Path) -> list[Pinned]:
@@ -93,6 +147,7 @@ def _dependencies(folder: Path) -> list[Pinned]:
     found: list[Pinned] = []
     for path in (*folder.glob("metadata.json"), *folder.glob("*/metadata.json"), *folder.glob("build/*/metadata.json")):
         for each in json.loads(path.read_text()).get("kernel-depends") or ():
-            revision = each["revision"] if "revision" in each else f"v{each['version']}"
-            found.append(Pinned(str(each["repo-id"]), str(revision)))
+            (key,) = {"revision", "version"} & set(each)
+            revision = f"v{int(each[key])}" if key == "version" else str(each[key])
+            found.append(Pinned(str(each["repo-id"]), revision))
     return found

@@ -34,10 +34,13 @@ def provide(name: str) -> attnreg.Backend:
     if found := [*_unpinned(hub), *permission.refusals(hub.repository)]:
         raise KernelError(name, found)
     with _lock:
+        if name in _provided:
+            return _provided[name]
+    declaration = declarations.declared(name, hub)
+    if declaration.convention == OWN:
+        declaration = _own(name, hub, declaration)
+    with _lock:
         if name not in _provided:
-            declaration = declarations.declared(name, hub)
-            if declaration.convention == OWN:
-                declaration = _own(name, hub, declaration)
             _provided[name] = made(name, declaration, lambda wanted: from_hub(name, hub, wanted))
         return _provided[name]
 

@@ -27,6 +27,13 @@ KERNELS: Final = attnreg.Kernel(
 """The package that fetches kernels."""
 
 
+_fetching: Final = threading.RLock()
+"""One for all, because two names can be one kernel, and a kernel that is imported twice at once breaks."""
+
+_LASTING: Final = frozenset({"kernel_import", "hub_function", "hub_build", "gpu"})
+"""Reasons that the next attempt will find again; the network, and what the user has not said yet, may change."""
+
+
 class Wanted(NamedTuple):
     """A function that a kernel must have, and the keywords that it is going to be called with."""
 
@@ -65,7 +72,6 @@ class Source:
     ) -> None:
         self.name, self.note = name, note
         self._fetch, self._obstacles, self._wanted = fetch, obstacles, wanted
-        self._lock = threading.RLock()
         self._fetched: Fetched | None = None
         self._failure: Reason | None = None
 
@@ -77,9 +83,17 @@ class Source:
         """Return what keeps the kernel from being used, without the network; empty if nothing is known."""
         if self._fetched is not None:
             return []
-        if found := KERNELS.reasons() or self._obstacles():
+        if found := KERNELS.reasons() or self._found():
             return found
         return [] if self._failure is None else [self._failure]
+
+    def _found(self) -> list[Reason]:
+        """Return the obstacles; that they cannot be looked for is one."""
+        try:
+            return self._obstacles()
+        except Exception as error:  # noqa: BLE001 - in whatever state the cache is: what is not known does not run
+            supported = f"kernels that can be looked at before they run ({type(error).__name__}: {error})"
+            return [Reason("hub_not_cached", self.name, supported, "Delete it from the cache, or name another commit.")]
 
     def load(self) -> Fetched:
         """Return the kernel, fetching it at the first call; a failed one is tried again.
@@ -90,24 +104,29 @@ class Source:
         return self._fetched if self._fetched is not None else self._load()
 
     def _load(self) -> Fetched:
-        with self._lock:
+        with _fetching:
             if self._fetched is not None:
                 return self._fetched
             KERNELS.load()
-            if found := self._obstacles():
+            if found := self._found():
                 raise KernelError(self.name, found)
             try:
                 module = self._fetch()
                 self._fetched = Fetched(module, tuple(self._function(module, each) for each in self._wanted))
             except KernelError as error:
-                self._failure = error.reasons[0]
+                self._remember(error.reasons[0])
                 raise
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # SystemExit too: a kernel that quits at import must not end its host
-                self._failure = described(self.name, error)
-                raise KernelError(self.name, [self._failure]) from error
+                reason = described(self.name, error)
+                self._remember(reason)
+                raise KernelError(self.name, [reason]) from error
+            self._failure = None
             return self._fetched
+
+    def _remember(self, reason: Reason) -> None:
+        self._failure = reason if reason.code in _LASTING else None
 
     def _function(self, module: Any, wanted: Wanted) -> Callable[..., Any]:
         function: Callable[..., Any] | None = getattr(module, wanted.name, None)
@@ -135,6 +154,11 @@ def from_hub(name: str, hub: HubName, wanted: tuple[Wanted, ...] = ()) -> Source
 
     def fetch() -> Any:
         which: dict[str, Any] = {"revision": hub.revision} if hub.version is None else {"version": hub.version}
+        if offline.is_offline():  # what runs is the commit that has been looked at, wherever a branch moves meanwhile
+            commit = offline.commit_of(offline.Pinned(hub.repository, hub.pinned)) or ""
+            if found := offline.obstacles(offline.Pinned(hub.repository, commit)):
+                raise KernelError(name, found)
+            which = {"revision": commit}
         # Never True, which would trust everybody: without the user's word, the Hub is asked about the publisher.
         return KERNELS.load().get_kernel(hub.repository, trust_remote_code=list(permission.trusted()), **which)
 
