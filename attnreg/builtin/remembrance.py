@@ -41,7 +41,9 @@ def known(tensor: torch.Tensor, what: str, look: Callable[[torch.Tensor], tuple[
 
 
 def _found(mask: torch.Tensor, what: str, look: Callable[[torch.Tensor], Any]) -> Any:
-    state = mask._version, mask.data_ptr()  # noqa: SLF001 - the version counts what writes to a tensor
+    # Another stream would have to wait for the one that found it.
+    stream = 0 if mask.is_cpu else torch.accelerator.current_stream(mask.device).stream_id
+    state = mask._version, mask.data_ptr(), stream  # noqa: SLF001 - the version counts what writes to a tensor
     facts: tuple[Any, dict[str, Any]] | None = _known.get(mask)  # type: ignore[no-untyped-call]
     if facts is None or facts[0] != state:
         facts = _known[mask] = state, {}

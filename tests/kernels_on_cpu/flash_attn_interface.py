@@ -20,7 +20,7 @@ def _checked(q, k, v):
     assert q.dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
     assert q.dtype is not torch.float8_e4m3fn or q.shape[-1] % 16 == 0
     assert q.dtype == k.dtype == v.dtype
-    assert q.shape[-1] % 8 == 0 and v.shape[-1] % 8 == 0, "head_size should be a multiple of 8"
+    assert q.shape[-1] % 8 == 0, "head_size should be a multiple of 8"
     assert q.shape[-1] == v.shape[-1] <= 256
 
 

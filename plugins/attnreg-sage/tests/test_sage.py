@@ -169,7 +169,7 @@ class TestRefusals:
         """No kernel is wider than 128."""
         query, key, value = torch.randn(1, 1, 4, 64), torch.randn(1, 1, 4, 64), torch.randn(1, 1, 4, 192)
         with pytest.raises(attnreg.UnsupportedError) as caught:
-            BACKEND.call(None, query, key, value, None)
+            BACKEND.attention(None, query, key, value, None)
         assert str(caught.value) == (
             "backend 'sage_attention' cannot do what is asked:\n"
             "  value_head_dim: wants 192 for value; supported: up to 128. Choose another backend, such as sdpa."

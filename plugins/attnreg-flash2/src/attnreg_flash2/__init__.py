@@ -34,7 +34,13 @@ SUPPORTS: Final = attnreg.Capabilities(
     packing=True,
     paged=True,
     lse=True,
-    exclusive=(("softcap", "dropout"), ("paged", "backward"), ("paged", "dropout"), ("paged", "packing")),
+    exclusive=(
+        ("softcap", "dropout"),
+        ("paged", "backward"),
+        ("paged", "dropout"),
+        ("paged", "packing"),
+        ("alibi", "lse"),
+    ),
     priority=40,
 )
 

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 SMALLEST: Final = 512
 """Keys of a part, at least: shorter ones are not worth the way."""
-LONG: Final = 32768
-"""Keys from which it is worth the time that Python takes for it, which is none in a graph."""
+LONG: Final = 65536
+"""Keys from which it is worth the time that Python takes for it: on an H200 half a millisecond in all."""
+LONG_IN_A_GRAPH: Final = 4096
+"""The same in a CUDA graph or a compiled one, where Python takes no time."""
 
 
 class Parts(NamedTuple):
@@ -79,7 +81,7 @@ def in_parts(call: flash.Call, asked: int | None) -> Parts | None:
         asked: how many parts; None for as many as keep the GPU's processors busy.
     """
     batch, query_heads, _, kv_length, kv_heads = call.sizes
-    worth = asked is not None or kv_length >= (LONG if compat.readable(call.key) else SMALLEST)
+    worth = asked is not None or kv_length >= (LONG if compat.readable(call.key) else LONG_IN_A_GRAPH)
     count = _count(batch * kv_heads, kv_length, call.key.device) if worth and asked is None else asked or 1
     if count < 2:  # noqa: PLR2004 - the kernel by itself
         return None

@@ -88,7 +88,7 @@ def _computed(
 ) -> tuple[torch.Tensor]:
     """Compute `(batch, length, heads, head_dim)`, or with sequences `(tokens, heads, head_dim)`."""
     sage = installed(query)
-    _check_offsets(query, key, cu_seqlens_k)
+    _check_offsets(query, key, cu_seqlens_k, causal=causal)
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return (dense.attend(sage, query, key, value, scale, causal=causal),)
     return (
@@ -138,17 +138,24 @@ def _check_mask(mask: Any, sizes: compat.Sizes) -> None:
 
 _OFFSETS: Final = 2**31
 _LAUNCHES: Final = 2**16
+_BLOCK: Final = 128
+"""Queries that a kernel takes at once, up to which their room is filled up."""
 
 
-def _check_offsets(query: torch.Tensor, key: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
+def _check_offsets(query: torch.Tensor, key: torch.Tensor, cu_seqlens: torch.Tensor | None, *, causal: bool) -> None:
     """Refuse what the kernels' 32-bit offsets, or CUDA's launch grid, do not reach: they would read anything.
+
+    With causality, queries get as much room as keys, whose places they take.
 
     Source: https://github.com/thu-ml/SageAttention/issues/386.
     """
     rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0]
     if rows >= _LAUNCHES:
         raise _unsupported("size", f"{rows} rows or sequences", f"fewer than {_LAUNCHES}")
-    largest = max(each.numel() // each.shape[-1] * WIDEST for each in (query, key))
+    heads = query.shape[-2]
+    tokens, keys = query.numel() // (heads * query.shape[-1]), key.numel() // (key.shape[-2] * key.shape[-1])
+    places = max(tokens, keys + rows * _BLOCK) if causal else tokens
+    largest = max(places * heads, keys * key.shape[-2]) * WIDEST
     if largest >= _OFFSETS:
         raise _unsupported("size", f"{largest} elements, at head dimension {WIDEST}", f"fewer than {_OFFSETS}")
 

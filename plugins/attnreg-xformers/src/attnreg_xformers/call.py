@@ -141,8 +141,8 @@ def in_groups(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return five axes, `(batch, length, kv_heads, group, head_dim)`; keys and values are views, not copies."""
     kv_heads = key.shape[2]
-    query = query.unflatten(2, (kv_heads, -1))
-    group = query.shape[3]
+    group = query.shape[2] // kv_heads
+    query = query.reshape(query.shape[0], query.shape[1], kv_heads, group, query.shape[3])
     key = key.unsqueeze(3).expand(-1, -1, -1, group, -1)
     return query, key, value.unsqueeze(3).expand(-1, -1, -1, group, -1)
 
