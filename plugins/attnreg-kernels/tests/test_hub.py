@@ -242,6 +242,10 @@ def test_the_kernels_own_word(cache: Path, outcomes) -> None:
     for function in ("nonsense", "adapted", "attend", ""):
         assert found[function]["codes"] == ["hub_undeclared"], function
     assert "what its __attnreg__ declares: adapted, flash_attn_func, nonsense" in found["attend"]["text"]
+    assert (
+        "Name the function: org/attn@v1:flash_attn_func; or say what it does: attnreg_kernels.declare('org/attn', "
+        "function='flash_attn_func', convention='flash_attn_2')." in found[""]["text"]
+    )
     assert "words that mean something" in found["nonsense"]["text"]
 
 

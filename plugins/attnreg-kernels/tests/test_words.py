@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import attnreg_kernels
 import pytest
@@ -180,6 +181,16 @@ def test_shipped_declarations() -> None:
 
 
 MEANINGLESS = [
+    ({"convention": ["x"]}, "convention is ['x']; wanted: flash_attn_2"),
+    ({"convention": None}, "convention is None; wanted: flash_attn_2"),
+    ({"convention": "flash_attn_2", "function": None}, "a function's name is None"),
+    ({"convention": attnreg_kernels.OWN, "function": 3}, "a function's name is 3"),
+    ({"convention": "flash_attn_2", "varlen": 3}, "a function's name is 3"),
+    ({"convention": "flash_attn_2", "supports": {}}, "supports is {}; wanted: Capabilities"),
+    ({"convention": "flash_attn_2", "mask": "m"}, "mask is 'm'; wanted: a formatter: a function"),
+    ({"convention": max}, "the adapter of fn is <built-in function max>; wanted: one whose signature can be read"),
+    ({"convention": lambda: None}, "with the kernel's function as its first argument"),
+    ({"convention": lambda *, function: function}, "with the kernel's function as its first argument"),
     ({"convention": "flash_attn_9"}, "convention is 'flash_attn_9'; wanted: flash_attn_2, flash_attn_3, own, or an"),
     ({"convention": "flash_attn_2", "function": "a.b"}, "a function's name is 'a.b'"),
     ({"convention": "flash_attn_2", "varlen": "-"}, "a function's name is '-'"),
@@ -218,8 +229,8 @@ def test_declarations_that_mean_nothing(words: dict, text: str) -> None:
         declarations.declared("org/repo@v1", parse("org/repo@v1"))
 
 
-@pytest.mark.parametrize("repository", ["repo", "org/repo@v1", "org/repo:fn", "a/b/c"])
-def test_a_declaration_is_of_a_repository(repository: str) -> None:
+@pytest.mark.parametrize("repository", ["repo", "org/repo@v1", "org/repo:fn", "a/b/c", "org/..", "org/x\n", 3, None])
+def test_a_declaration_is_of_a_repository(repository: Any) -> None:
     """Not of a revision, a function or a simple name."""
     with pytest.raises(InvalidInputError, match="'org/repo', without a revision or function"):
         attnreg_kernels.declare(repository, function="fn", convention="flash_attn_2")
@@ -236,6 +247,17 @@ def test_one_declaration_before_the_first_use() -> None:
     with pytest.raises(InvalidInputError, match="while another declaration is in use; wanted: one declaration, before"):
         attnreg_kernels.declare("org/repo", function="fn", convention="flash_attn_2")
     assert provide("org/repo@v1:fn") is backend
+
+
+def test_an_explicit_declaration_goes_before_the_kernels_own_word() -> None:
+    """A kernel that may speak for itself is not asked, nor loaded, where the user has said what its function does."""
+    hub = parse("org/repo@v1")
+    attnreg_kernels.declare("org/repo", convention=attnreg_kernels.OWN)
+    assert declarations.declared("org/repo@v1", hub).convention == attnreg_kernels.OWN
+    attnreg_kernels.declare("org/repo", function="fn", convention="flash_attn_2")
+    assert declarations.declared("org/repo@v1", hub).function == "fn"
+    named = {function: declarations.declared("x", hub._replace(function=function)) for function in ("fn", "other")}
+    assert [each.convention for each in named.values()] == ["flash_attn_2", attnreg_kernels.OWN]
 
 
 def test_a_users_word_goes_before_ours() -> None:

@@ -6,15 +6,18 @@ capabilities. A function that nobody has declared is refused.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from attnreg import Capabilities, InvalidInputError, KernelError, Reason
-from attnreg_kernels.names import HubName, parse
+from attnreg_kernels.names import is_repository
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from attnreg_kernels.names import HubName
 
 OWN: Final = "own"
 """The convention of a kernel that says itself what it does, in its `__attnreg__`; it is loaded to be asked."""
@@ -83,19 +86,35 @@ def made(
     if convention == OWN:
         return Declaration(function=function, convention=OWN, supports=Capabilities())
     for each in (function, varlen or function):
-        if not each.isidentifier():
+        if not isinstance(each, str) or not each.isidentifier():
             raise InvalidInputError("a function's name", repr(each), "an attribute of the kernel's module")
+    if supports is not None and not isinstance(supports, Capabilities):
+        raise InvalidInputError("supports", repr(supports), "Capabilities")
+    if mask is not None and not callable(mask):
+        raise InvalidInputError("mask", repr(mask), "a formatter: a function")
     if callable(convention):
+        _check_adapter(function, convention)
         if supports is None or mask is None:
             missing = "supports" if supports is None else "mask"
             wanted = "what the adapter can do, and the formatter of the masks that it reads"
             raise InvalidInputError(f"the declaration of {function}", f"an adapter without {missing}", wanted)
-    elif convention not in CAPABILITIES:
+    elif not isinstance(convention, str) or convention not in CAPABILITIES:
         wanted = f"{', '.join(CAPABILITIES)}, {OWN}, or an adapter"
         raise InvalidInputError("convention", repr(convention), wanted)
     else:
         supports = _judged(convention, supports, varlen)
     return Declaration(function=function, convention=convention, supports=supports, varlen=varlen, mask=mask)
+
+
+def _check_adapter(function: str, adapter: Callable[..., Any]) -> None:
+    try:
+        parameters = list(inspect.signature(adapter).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    in_order = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if not parameters or parameters[0].kind not in in_order:
+        wanted = "one whose signature can be read, with the kernel's function as its first argument"
+        raise InvalidInputError(f"the adapter of {function}", repr(adapter), wanted)
 
 
 def _judged(convention: str, supports: Capabilities | None, varlen: str) -> Capabilities:
@@ -153,8 +172,10 @@ def declare(
         InvalidInputError: it means nothing, promises what the convention does not hand on, or comes too late: another
             declaration of this function is in use.
     """
-    if parse(repository) != HubName(repository, "", None, "") or repository.count("/") != 1:
+    if not is_repository(repository):
         raise InvalidInputError("a repository", repr(repository), "'org/repo', without a revision or function")
+    if not isinstance(function, str):
+        raise InvalidInputError("a function's name", repr(function), "an attribute of the kernel's module")
     declaration = made(function, convention, varlen=varlen, supports=supports, mask=mask)
     place = repository, function
     with _lock:
@@ -171,11 +192,11 @@ def declared(name: str, hub: HubName) -> Declaration:
         KernelError: there is none, or its function has to be named.
     """
     with _lock:
-        known = {each.function: each for each in _ours.get(hub.repository, ())}
-        known |= {function: each for (repository, function), each in _said.items() if repository == hub.repository}
-        found = known.get(hub.function) or (known.get("") if hub.function else None)
-        if found is None and not hub.function and len(known) == 1:
-            found = next(iter(known.values()))
+        said = {function: each for (repository, function), each in _said.items() if repository == hub.repository}
+        own = said.pop("", None)  # the kernel's word on whatever nobody has said more of
+        known = {each.function: each for each in (() if own else _ours.get(hub.repository, ()))} | said
+        alone = next(iter(known.values())) if not hub.function and len(known) == 1 else None
+        found = known.get(hub.function) or alone or (own if hub.function or not known else None)
         if found is None:
             raise KernelError(name, [_undeclared(hub, sorted(known))])
         _in_use.add((hub.repository, found.function))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +10,12 @@ import attnreg
 from attnreg_kernels import declarations
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
 
 
 def local(
     name: str,
-    path: str | os.PathLike[str],
+    path: str | PathLike[str],
     *,
     function: str,
     convention: str | Callable[..., Any],
@@ -45,6 +45,10 @@ def local(
     from attnreg_kernels.provision import made
     from attnreg_kernels.sources import from_disk
 
+    if not isinstance(name, str):
+        raise attnreg.InvalidInputError("the name of a local kernel", repr(name), "a name without a slash")
+    if not isinstance(path, (str, PathLike)):
+        raise attnreg.InvalidInputError("the path of a local kernel", repr(path), "an existing folder")
     folder = Path(path).resolve()
     if not folder.is_dir():
         raise attnreg.InvalidInputError("the path of a local kernel", repr(str(path)), "an existing folder")

@@ -104,7 +104,7 @@ def _own(name: str, hub: HubName, declaration: Declaration) -> Declaration:
     if not isinstance(functions.get(function), dict):
         supported = f"what its __attnreg__ declares: {', '.join(sorted(functions)) or 'nothing'}"
         wanted = f"the kernel's own word on {function}" if function else "the kernel's own word on one function"
-        raise KernelError(name, [Reason("hub_undeclared", wanted, supported, "Declare it: attnreg_kernels.declare.")])
+        raise KernelError(name, [Reason("hub_undeclared", wanted, supported, _remedy(hub, function))])
     try:
         words = dict(functions[function])
         supports = words.pop("supports", None)
@@ -118,6 +118,12 @@ def _own(name: str, hub: HubName, declaration: Declaration) -> Declaration:
             "hub_undeclared",
             f"the kernel's own word on {function}",
             f"words that mean something ({error})",
-            "Declare it: attnreg_kernels.declare.",
+            _remedy(hub, function),
         )
         raise KernelError(name, [reason]) from error
+
+
+def _remedy(hub: HubName, function: str) -> str:
+    function = function or "flash_attn_func"
+    said = f"attnreg_kernels.declare({hub.repository!r}, function={function!r}, convention='flash_attn_2')"
+    return f"Name the function: {hub.repository}@{hub.pinned}:{function}; or say what it does: {said}."
