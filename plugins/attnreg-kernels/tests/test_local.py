@@ -12,6 +12,7 @@ import attnreg_kernels
 import pytest
 import torch
 from attnreg_kernels import offline
+from torch._dynamo.exc import BackendCompilerFailed
 
 import attnreg
 from attnreg import InvalidInputError, KernelError, NameTakenError, UnsupportedError, UnsupportedMaskError
@@ -213,6 +214,7 @@ def test_what_a_kernel_says_is_no_advice(kernel: Path, tmp_path: Path, registry:
     backend = attnreg_kernels.local(
         "mine", folder, function="f", convention="flash_attn_2", supports=IN_ROWS, registry=registry
     )
+    assert backend.kernel is not None
     with pytest.raises(KernelError) as caught:
         backend.kernel.load()
     assert [(each.code, each.fix) for each in caught.value.reasons] == [
@@ -290,11 +292,12 @@ def test_there_is_no_gradient_of_the_lse(registered, *, compiled: bool) -> None:
         output, lse = call(*tensors)
         (output.float().square().sum() + lse.sum()).backward()
 
-    error = torch._dynamo.exc.BackendCompilerFailed if compiled else UnsupportedError  # noqa: SLF001
+    error = BackendCompilerFailed if compiled else UnsupportedError
     with pytest.raises(error, match="wants the gradient of the log-sum-exp; supported: that of the output"):
         backward(run, inputs(gradients=True))
     tensors = inputs(gradients=True)
     backward(detached, tensors)
+    assert tensors[0].grad is not None
     assert bool(tensors[0].grad.any())
 
 

@@ -68,7 +68,8 @@ def made(name: str, declaration: Declaration, source_of: Callable[[tuple[Wanted,
 
 
 def _unpinned(hub: HubName) -> list[Reason]:
-    if hub.pinned and not (why := objection(hub.pinned)):
+    why = objection(hub.pinned) if hub.pinned else ""
+    if hub.pinned and not why:
         return []
     behind = f":{hub.function}" if hub.function else ""
     fix = (
