@@ -103,8 +103,8 @@ def test_pages(compiled) -> None:
     run = torch.compile(attend, backend="aot_eager", fullgraph=True) if compiled else attend
     output, _, lse = run(*tensors)
     query, key, value = tensors
-    rows = [each[[1, 2]].transpose(1, 2).flatten(0, 1)[:300].transpose(0, 1)[None] for each in (key, value)]
-    expected = reference.attention(query, *rows, is_causal=True)
+    keys, values = (each[[1, 2]].transpose(1, 2).flatten(0, 1)[:300].transpose(0, 1)[None] for each in (key, value))
+    expected = reference.attention(query, keys, values, is_causal=True)
     torch.testing.assert_close(output.double(), expected.output, **CLOSE)
     torch.testing.assert_close(lse.double(), expected.logsumexp, **CLOSE)
 
@@ -146,11 +146,11 @@ def test_large_values_are_refused_before_the_kernel() -> None:
 
 def test_alibi_of_any_slopes() -> None:
     """A position bias that is ALiBi is recognised, and gives what the oracle gives with the bias."""
-    tensors = inputs()
+    tensors = query, key, value = inputs()
     slopes = torch.tensor([0.5, 0.3, 0.011, 1.7])
     distances = (torch.arange(8)[:, None] - torch.arange(8)).abs()
     bias = (-slopes[:, None, None] * distances)[None]
     output, _ = call(tensors, is_causal=True, position_bias=bias)
     torch.testing.assert_close(
-        output.double(), reference.attention(*tensors, is_causal=True, position_bias=bias).output, **CLOSE
+        output.double(), reference.attention(query, key, value, is_causal=True, position_bias=bias).output, **CLOSE
     )

@@ -1,5 +1,7 @@
 """What is special about flash-attn 4's adapter: keys in parts, sinks beside the log-sum-exp, and pages."""
 
+from typing import Any
+
 import attnreg_flash4.attention as adapter
 import pytest
 import torch
@@ -31,9 +33,10 @@ def test_keys_in_parts_are_the_same(layout, sinks, splits) -> None:
     """However the keys of single queries are cut, and wherever they lie, output and log-sum-exp are the oracle's."""
     query, key, value = inputs(layout=layout)
     s_aux = torch.linspace(-1, 2, 4) if sinks else None
-    output, _, lse = adapter.flash_attention_4(
+    found: Any = adapter.flash_attention_4(
         None, query, key, value, is_causal=True, s_aux=s_aux, num_splits=splits, return_lse=True
     )
+    output, _, lse = found
     expected = reference.attention(query, key, value, is_causal=True, s_aux=s_aux)
     torch.testing.assert_close(output.double(), expected.output, **CLOSE)
     torch.testing.assert_close(lse.double(), expected.logsumexp, **CLOSE)
@@ -68,7 +71,7 @@ def test_pages(lse, window) -> None:
     table = torch.tensor([[5, 0, 3], [6, 2, 0]], dtype=torch.int32)
     lengths = torch.tensor([11, 5], dtype=torch.int32)
     sinks = torch.linspace(-1, 1, 4)
-    found = adapter.flash_attention_4(
+    found: Any = adapter.flash_attention_4(
         None,
         query,
         key,
