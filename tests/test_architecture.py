@@ -167,6 +167,14 @@ def test_import_brings_in_nothing_heavy() -> None:
     assert listed == "['pluggy', 'importlib_metadata']"
 
 
+def test_what_computes_brings_in_no_compiler() -> None:
+    """Masks and the plain backends leave torch's compiler, which takes as long to import as torch, to who compiles."""
+    code = (
+        "import sys, attnreg; [attnreg.get(name) for name in ('eager', 'sdpa')]; print('torch._dynamo' in sys.modules)"
+    )
+    assert run(f"import attnreg.masks; {code}") == "False"
+
+
 def test_all_is_true_and_sorted() -> None:
     """`__all__` names what is there, and all of it, in order."""
     assert list(attnreg.__all__) == sorted(

@@ -93,10 +93,13 @@ def _implementation(config: Any) -> str | None:
     return getattr(config, "_attn_implementation", None)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _chosen(name: str | None, device: str, dtype: str) -> str:
     """Choose as `attnreg.selection.resolve` does; in a compiled graph, once and for all."""
     return resolve(name, Request(device=device, dtype=dtype)).name
+
+
+# What torch.compiler.assume_constant_result does, without importing torch's compiler, which takes as long as torch.
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def layer_of(cache: Any, *, local: bool) -> int:
