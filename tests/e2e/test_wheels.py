@@ -86,7 +86,7 @@ def environment(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     """A fresh environment with the core and torch, and nothing besides."""
     environment = Environment(tmp_path_factory.mktemp("environment") / "venv")
     torch = f"torch=={version('torch').partition('+')[0]}"
-    environment.pip("install", torch, str(wheels["attnreg"]))
+    environment.pip("install", "--no-compile", torch, str(wheels["attnreg"]))
     return environment
 
 
