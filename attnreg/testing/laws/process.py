@@ -123,6 +123,7 @@ _TORCHS_OWN: Final = frozenset(
 _PROBE: Final = """
 import json, sys
 import torch, attnreg, attnreg.masks, attnreg.reference
+import torch._dynamo, torch.nn.attention.flex_attention  # torch's compiler brings modules of its own making
 attnreg.names(), attnreg.get("eager")  # what attnreg itself needs to find and load a backend
 before = set(sys.modules)
 attnreg.get(sys.argv[1])
