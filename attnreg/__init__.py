@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from attnreg import compat, masks, nn, reference
+    from attnreg import compat, masks, models, nn, reference
     from attnreg.backend import API, NO_MASK, AttentionFunction, Backend, MaskFormatter, Origin
     from attnreg.capabilities import Capabilities, Reason, Request
     from attnreg.default import default_registry
@@ -40,13 +40,16 @@ if TYPE_CHECKING:
         PluginImportError,
         RegistrationError,
         UnknownBackendError,
+        UnknownPartError,
         UnknownWrapperError,
         UnsupportedError,
         UnsupportedMaskError,
+        UnsupportedPartError,
     )
     from attnreg.functional import attention
     from attnreg.interface import AttentionInterface, AttentionMaskInterface
     from attnreg.kernel import Kernel
+    from attnreg.models import get_attn_implementation, load_model, set_attn_implementation
     from attnreg.plugins import Registrar, hookimpl
     from attnreg.registry import Registry
     from attnreg.routing import attention_forward
@@ -94,21 +97,27 @@ __all__ = [
     "Registry",
     "Request",
     "UnknownBackendError",
+    "UnknownPartError",
     "UnknownWrapperError",
     "UnsupportedError",
     "UnsupportedMaskError",
+    "UnsupportedPartError",
     "attention",
     "attention_forward",
     "compat",
     "default_registry",
     "explain",
     "get",
+    "get_attn_implementation",
     "hookimpl",
+    "load_model",
     "masks",
+    "models",
     "names",
     "nn",
     "reference",
     "resolve",
+    "set_attn_implementation",
     "use",
 ]
 
@@ -126,6 +135,7 @@ _HOMES: Final = {
     "vocabulary": ("STRUCTURES",),
     "masks": ("masks",),
     "nn": ("nn",),
+    "models": ("get_attn_implementation", "load_model", "models", "set_attn_implementation"),
     "reference": ("reference",),
     "routing": ("attention_forward",),
 }

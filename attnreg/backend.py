@@ -138,11 +138,14 @@ class Backend:
         check_mask(self.name, self.mask)
         check_supports(self.name, self.supports)
         if self.mask is NO_MASK:
-            object.__setattr__(self, "call", guard(self.name, self.attention, self.supports, constraints=False))
+            object.__setattr__(
+                self, "call", guard(self.name, self.attention, self.supports, constraints=False, formatter=NO_MASK)
+            )
             object.__setattr__(self, "format", self.mask)
         else:
-            object.__setattr__(self, "call", guard(self.name, self.attention, self.supports))
-            object.__setattr__(self, "format", fit(self.name, self.mask, self.supports))
+            formatter = fit(self.name, self.mask, self.supports)
+            object.__setattr__(self, "call", guard(self.name, self.attention, self.supports, formatter=formatter))
+            object.__setattr__(self, "format", formatter)
 
     def reasons(self, request: Request) -> list[Reason]:
         """Return everything that keeps it from serving *request*: its kernel, and what it declares.

@@ -20,10 +20,12 @@ AttnregError
 ├── UnsupportedError                          a backend cannot do what is asked; holds the reasons
 │   ├── UnsupportedMaskError                  a mask format cannot express a mask; holds the reasons
 │   ├── KernelError                           the package that a kernel is in cannot be used; holds the reasons
+│   ├── UnsupportedPartError                  backends cannot serve parts of a model; holds both
 │   └── NoBackendError                        `auto`: no backend can
 ├── ConfigurationError (ValueError)           an environment variable has a value that means nothing
 ├── InvalidInputError (ValueError)            tensors whose shapes or dtypes do not fit the contract
 │   └── InvalidMaskError                      … the mask
+├── UnknownPartError (KeyError)               a key that names no part of a model
 └── BridgeError                               another library is missing, or cannot take a backend
 
 Each class builds its own message from its culprits, keeps them as attributes, and says what to do next.
@@ -32,6 +34,8 @@ Each class builds its own message from its culprits, keeps them as attributes, a
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from attnreg.wording import did_you_mean, listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -59,24 +63,6 @@ def _rebuild(cls: type[AttnregError], state: dict[str, object]) -> AttnregError:
     return error
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'sdpa'?"` for the nearest of *known*, or nothing."""
-    import difflib
-
-    plain = {_plain(candidate): candidate for candidate in known}
-    close = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.55)
-    return f"; did you mean {plain[close[0]]!r}?" if close else ""
-
-
-def _plain(name: str) -> str:
-    """Leave out what people spell differently: case and separators."""
-    return "".join(character for character in name.lower() if character.isalnum())
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
-
-
 class InvalidNameError(AttnregError, ValueError):
     """A backend name that the grammar does not allow."""
 
@@ -99,7 +85,7 @@ class UnknownBackendError(AttnregError, KeyError):
     def __init__(self, name: str, available: Iterable[str], unusable: Mapping[str, str] | None = None) -> None:
         available, unusable = sorted(available), dict(unusable or {})
         lines = [f"no attention backend is named {name!r}{did_you_mean(name, [*available, *unusable])}"]
-        lines.append(f"  available:  {_listed(available)}")
+        lines.append(f"  available:  {listed(available)}")
         lines += [f"  not usable: {other} ({why})" for other, why in sorted(unusable.items())]
         install = "attnreg-kernels, which provides the Hub's names" if "/" in name else "a plugin that provides it"
         lines.append(
@@ -116,7 +102,7 @@ class UnknownWrapperError(UnknownBackendError):
         AttnregError.__init__(
             self,
             f"no wrapper is named {wrapper!r}, which {name!r} asks for{did_you_mean(wrapper, wrappers)} "
-            f"(wrappers: {_listed(wrappers)}). Ask for the backend without it: {name.rpartition('|')[2]!r}.",
+            f"(wrappers: {listed(wrappers)}). Ask for the backend without it: {name.rpartition('|')[2]!r}.",
             name=name,
             wrapper=wrapper,
             available=wrappers,
@@ -161,13 +147,7 @@ class InvalidBackendError(RegistrationError, TypeError):
     """An attention function, a mask formatter or a record of the wrong form."""
 
     def __init__(self, name: str, part: str, got: str, wanted: str) -> None:
-        super().__init__(
-            f"the {part} of {name!r} is {got}; {wanted}.",
-            name=name,
-            part=part,
-            got=got,
-            wanted=wanted,
-        )
+        super().__init__(f"the {part} of {name!r} is {got}; {wanted}.", name=name, part=part, got=got, wanted=wanted)
 
 
 class NameTakenError(RegistrationError):
@@ -235,13 +215,8 @@ class PluginDependencyError(PluginError):
     """The plugin imports a package that is not installed."""
 
     def __init__(self, name: str, distribution: str, target: str, missing: str) -> None:
-        super().__init__(
-            name,
-            distribution,
-            target,
-            f"it imports {missing!r}, which is not installed",
-            f"Install the package that provides {missing!r}.",
-        )
+        remedy = f"Install the package that provides {missing!r}."
+        super().__init__(name, distribution, target, f"it imports {missing!r}, which is not installed", remedy)
         self.missing = missing
 
 
@@ -249,13 +224,8 @@ class PluginImportError(PluginError):
     """The plugin raised while it was imported or registered."""
 
     def __init__(self, name: str, distribution: str, target: str, cause: BaseException) -> None:
-        super().__init__(
-            name,
-            distribution,
-            target,
-            f"it raised {type(cause).__name__}: {cause}",
-            "`attnreg doctor` shows every plugin's state; report this to the plugin's authors.",
-        )
+        remedy = "`attnreg doctor` shows every plugin's state; report this to the plugin's authors."
+        super().__init__(name, distribution, target, f"it raised {type(cause).__name__}: {cause}", remedy)
 
 
 class PluginContractError(PluginError):
@@ -307,6 +277,22 @@ class KernelError(UnsupportedError):
         AttnregError.__init__(self, text, name=name, reasons=list(reasons), able=[])
 
 
+class UnsupportedPartError(UnsupportedError):
+    """Backends cannot serve parts of a model: `parts` maps each part's path to its backend and the reasons."""
+
+    parts: dict[str, tuple[str, list[Any]]]
+
+    def __init__(self, parts: Mapping[str, tuple[str, Sequence[object]]]) -> None:
+        lines = [f"  {path}, {name!r}: {reason}" for path, (name, reasons) in parts.items() for reason in reasons]
+        if len(lines) > (shown := 8):  # a model has many layers, and most have the same trouble
+            lines[shown:] = [f"  … and {len(lines) - shown} more: see the error's `parts`"]
+        head = "the model is unchanged, because it has parts that these backends cannot serve:"
+        text = "\n".join([head, *lines, "To set them nevertheless: check=False."])
+        found = {path: (name, list(reasons)) for path, (name, reasons) in parts.items()}
+        names, reasons = {name for name, _ in found.values()}, [each for _, all_ in found.values() for each in all_]
+        AttnregError.__init__(self, text, name=", ".join(sorted(names)), reasons=reasons, able=[], parts=found)
+
+
 class NoBackendError(UnsupportedError):
     """No backend can serve the request; `candidates` maps each name to its reasons."""
 
@@ -340,6 +326,18 @@ class InvalidInputError(AttnregError, ValueError):
 
 class InvalidMaskError(InvalidInputError):
     """A mask of the wrong shape, dtype or format."""
+
+
+class UnknownPartError(AttnregError, KeyError):
+    """A key names no part of the model in which attention happens; `available` are the keys that do."""
+
+    def __init__(self, key: str, problem: str, available: Iterable[str]) -> None:
+        known, shown = list(available), 12
+        rest = f", … ({len(known)} in all)" if len(known) > shown else ""
+        lines = [f"{key!r} {problem}{did_you_mean(key, known)}"]
+        lines.append(f"  keys of this model: {', '.join(known[:shown]) or 'none'}{rest}")
+        lines.append("  also: patterns over module paths, such as '*.self_attn', and '' for what is not named")
+        super().__init__("\n".join(lines), key=key, available=known)
 
 
 class BridgeError(AttnregError):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, cas
 from attnreg.capabilities import Capabilities, Request, reasons
 from attnreg.errors import InvalidInputError, UnsupportedError
 from attnreg.keywords import COUNTS_AS_ZERO, FOREIGN, IN_THE_MASK, KEYWORDS
+from attnreg.lazy import LazyMask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -61,7 +62,12 @@ _LIMITS: Final[tuple[tuple[Callable[[Capabilities], bool], Check], ...]] = (
 
 
 def guard(
-    name: str, attention: Callable[..., Any], supports: Capabilities, *, constraints: bool = True
+    name: str,
+    attention: Callable[..., Any],
+    supports: Capabilities,
+    *,
+    constraints: bool = True,
+    formatter: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Wrap *attention* so that what *supports* does not declare raises `UnsupportedError`.
 
@@ -71,10 +77,11 @@ def guard(
         supports: what it can do.
         constraints: whether causality, windows and packing are a matter of the mask; False for `NO_MASK`, which says
             that the function handles them itself.
+        formatter: what formats a mask that is lazy.
     """
     if not constraints:
         supports = replace(supports, is_causal=True, sliding_window=True, packing=True)
-    call = _call_method(Guarded(name, attention, supports))
+    call = _call_method(Guarded(name, attention, supports), formatter)
     derived: Any = type("Guarded", (Guarded,), {"__call__": call})
     guarded: Callable[..., Any] = derived(name, attention, supports)
     return guarded
@@ -118,11 +125,8 @@ class _Rules(NamedTuple):
         refused = {keyword for keyword, need in KEYWORDS.items() if not getattr(supports, need)}
         if supports.alibi:  # which biases are, the function finds out
             refused.discard("position_bias")
-        return cls(
-            supports,
-            frozenset(refused),
-            tuple(check for applies, check in _LIMITS if applies(supports)),
-        )
+        limits = tuple(check for applies, check in _LIMITS if applies(supports))
+        return cls(supports, frozenset(refused), limits)
 
 
 class Guarded(ByName):
@@ -221,7 +225,7 @@ class _Call(NamedTuple):
     kwargs: Mapping[str, Any]
 
 
-def _call_method(guarded: Guarded) -> Callable[..., Any]:
+def _call_method(guarded: Guarded, formatter: Callable[..., Any] | None) -> Callable[..., Any]:
     """Write the `__call__` of *guarded*, as `dataclasses` writes an `__init__`.
 
     A keyword that nobody gave is handed on with the default that the function itself has for it.
@@ -234,6 +238,8 @@ def _call_method(guarded: Guarded) -> Callable[..., Any]:
     everything = "{" + ", ".join(f"{name!r}: {name}" for name in known) + "}"
     source = (
         f"def __call__(self, {given}=None{star}{parameters}, **rest):\n"
+        f"    if type(attention_mask) is LazyMask:\n"
+        f"        attention_mask = attention_mask.formatted(self._name, formatter)\n"
         f"    if {guarded.limited} or rest:\n"
         f"        query, key, value = self.check({given}, {everything}, rest)\n"
         f"        return attention({given}{by_name}, **rest)\n"
@@ -241,6 +247,7 @@ def _call_method(guarded: Guarded) -> Callable[..., Any]:
     )
     defaults = {f"default_{name}": _whole(_parameters(guarded.__wrapped__)[name][0]) for name in known}
     namespace: dict[str, Any] = {"attention": guarded.__wrapped__, **defaults}
+    namespace |= {"LazyMask": LazyMask, "formatter": formatter}
     exec(compile(source, f"<guard of {guarded.__wrapped__!r}>", "exec"), namespace)  # noqa: S102 - written above
     method: Callable[..., Any] = namespace["__call__"]
     return method

@@ -15,6 +15,7 @@ from attnreg import errors
 PACKAGE = Path(attnreg.__file__).parent
 
 LAYERS = (
+    ("wording", "lazy"),
     ("errors",),
     ("naming",),
     ("keywords", "vocabulary"),
@@ -34,7 +35,8 @@ LAYERS = (
     ("reference", "builtin"),
     ("compat", "functional"),
     ("routing", "nn"),
-    ("integrations", "testing", "bench"),
+    ("models", "testing", "bench"),
+    ("integrations",),
     ("cli",),
     ("__main__",),
 )
@@ -48,6 +50,8 @@ MAY_WAIT = {
     ("discovery", ""),
     ("kernel", "discovery"),
     ("guard", "selection"),
+    ("nn", "models"),
+    ("models", "integrations"),
 }
 """Imports inside functions that point down on purpose: pickling by name, bringing in plugins at the first question."""
 
@@ -55,7 +59,8 @@ EXTERNAL = {
     "importlib_metadata": {"discovery"},
     "pluggy": {"loading"},
     "packaging": {"kernel"},
-    "transformers": {"integrations", "cli"},
+    "transformers": {"integrations", "cli", "models"},
+    "diffusers": {"integrations", "models"},
     "typer": {"cli"},
     "rich": {"cli"},
     "einops": {"reference", "routing"},
@@ -65,7 +70,7 @@ EXTERNAL = {
     "pytest": {"testing"},
     "torch": {
         *("masks", "reference", "builtin", "integrations", "cli", "guard", "fitting", "kernel"),
-        *("compat", "functional", "routing", "nn", "testing", "bench"),
+        *("compat", "functional", "routing", "nn", "models", "testing", "bench"),
     },
 }
 """Who may import what from outside; `guard` and `fitting` do so inside functions, for a call that has tensors."""
@@ -194,7 +199,7 @@ def test_all_is_true_and_sorted() -> None:
 def test_no_module_hides_a_public_name() -> None:
     """Python sets a submodule as an attribute of its package: none may bear the name of something public."""
     modules = {path.stem for path in PACKAGE.glob("*.py")} | {path.name for path in PACKAGE.iterdir() if path.is_dir()}
-    assert modules & set(attnreg.__all__) == {"compat", "masks", "nn", "reference"}
+    assert modules & set(attnreg.__all__) == {"compat", "masks", "models", "nn", "reference"}
 
 
 def test_unknown_attribute() -> None:

@@ -129,6 +129,25 @@ TEXTS = [
     (errors.InvalidInputError("softcap", "-1", "a positive number"), "softcap is -1; wanted: a positive number."),
     (errors.InvalidMaskError("the mask", "a list", "a tensor"), "the mask is a list; wanted: a tensor."),
     (
+        errors.UnknownPartError("txt_config", "names no part of the model", ["text_config", "vision_config"]),
+        "'txt_config' names no part of the model; did you mean 'text_config'?\n"
+        "  keys of this model: text_config, vision_config\n"
+        "  also: patterns over module paths, such as '*.self_attn', and '' for what is not named",
+    ),
+    (
+        errors.UnknownPartError("zzz", "names no part of the model", [f"layers.{n}" for n in range(13)]),
+        "'zzz' names no part of the model\n"
+        "  keys of this model: layers.0, layers.1, layers.2, layers.3, layers.4, layers.5, layers.6, layers.7, "
+        "layers.8, layers.9, layers.10, layers.11, … (13 in all)\n"
+        "  also: patterns over module paths, such as '*.self_attn', and '' for what is not named",
+    ),
+    (
+        errors.UnsupportedPartError({f"layers.{n}": ("loopback", ["softcap: no"]) for n in range(10)}),
+        "the model is unchanged, because it has parts that these backends cannot serve:\n"
+        + "".join(f"  layers.{n}, 'loopback': softcap: no\n" for n in range(8))
+        + "  … and 2 more: see the error's `parts`\nTo set them nevertheless: check=False.",
+    ),
+    (
         errors.BridgeError("transformers", "it is too old", "Upgrade it."),
         "transformers: it is too old. Upgrade it.",
     ),

@@ -5,7 +5,7 @@ preferred to masks: where causality and a window can travel as keywords, no mask
 """
 
 from attnreg.functional.calling import attend, attention
-from attnreg.functional.choice import standing
+from attnreg.functional.choice import Needs, candidates, standing
 from attnreg.functional.masking import Asked
 
-__all__ = ["Asked", "attend", "attention", "standing"]
+__all__ = ["Asked", "Needs", "attend", "attention", "candidates", "standing"]

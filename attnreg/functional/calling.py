@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
 
@@ -31,14 +31,6 @@ if TYPE_CHECKING:
     from attnreg.masks.extent import Extent
 
 Layout: TypeAlias = Literal["bhsd", "bshd"]
-_FEATURES: Final = {
-    "softcap": "softcap",
-    "s_aux": "sinks",
-    "position_bias": "position_bias",
-    "dropout": "dropout",
-    "return_lse": "lse",
-}
-"""Keyword of an attention function → the feature of a `Request`."""
 
 
 @overload
@@ -223,12 +215,7 @@ def _automatic(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, asked: Asked, extent: Extent, options: dict[str, Any]
 ) -> tuple[Backend, Formatted]:
     """Choose the best backend that can serve the call, and whose mask format can express the mask."""
-    features = [_FEATURES[keyword] for keyword in options if keyword in _FEATURES]
-    if torch.is_grad_enabled():
-        tensors = (query, key, value, asked.mask, *options.values())
-        if any(isinstance(each, torch.Tensor) and each.requires_grad for each in tensors):
-            features.append("backward")
-    needs = Needs.of(query, key, value, asked.structures, features)
+    needs = Needs.of_call(query, key, value, asked.structures, options, asked.mask)
     refused = {}
     for name in candidates(needs):
         backend = backend_of(name)

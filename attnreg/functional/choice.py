@@ -19,12 +19,20 @@ from attnreg.selection import Explanation, explain
 from attnreg.selection import standing as asked_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from attnreg.backend import Backend
     from attnreg.capabilities import Reason
 
 _REMEMBERED: Final = 512
+_FEATURES: Final = {
+    "softcap": "softcap",
+    "s_aux": "sinks",
+    "position_bias": "position_bias",
+    "dropout": "dropout",
+    "return_lse": "lse",
+}
+"""Keyword of an attention function → the feature of a `Request`."""
 
 
 class Needs(NamedTuple):
@@ -57,6 +65,24 @@ class Needs(NamedTuple):
         """Read them off `(batch, heads, length, head_dim)`."""
         sizes = query.shape[3], value.shape[3], query.shape[1], key.shape[1]
         return cls(query.device.type, str(query.dtype), *sizes, " ".join(sorted(words)), " ".join(sorted(features)))
+
+    @classmethod
+    def of_call(
+        cls,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        words: Iterable[str],
+        options: Mapping[str, Any],
+        *others: Any,
+    ) -> Needs:
+        """Read them off a call with these keywords; *others* may be tensors that want gradients as well."""
+        features = [_FEATURES[keyword] for keyword in options if keyword in _FEATURES]
+        if torch.is_grad_enabled():
+            tensors = (query, key, value, *others, *options.values())
+            if any(isinstance(each, torch.Tensor) and each.requires_grad for each in tensors):
+                features.append("backward")
+        return cls.of(query, key, value, words, features)
 
     def request(self) -> Request:
         """Return the request that they stand for."""

@@ -6,6 +6,7 @@ work there. They combine with `&`, `|` and `~`, among themselves and with any ca
 combination, with a 2D padding mask, for one kind of backend.
 """
 
+from attnreg.lazy import LazyMask, lazy_mask
 from attnreg.masks.algebra import And, MaskFunction, Not, Opaque, Or, Predicate, and_masks, or_masks
 from attnreg.masks.create import (
     create_bidirectional_mask,
@@ -52,6 +53,7 @@ __all__ = [
     "Causal",
     "Chunked",
     "Documents",
+    "LazyMask",
     "MaskFunction",
     "Not",
     "Opaque",
@@ -80,6 +82,7 @@ __all__ = [
     "flex_attention_mask",
     "get_extended_attention_mask",
     "invert_attention_mask",
+    "lazy_mask",
     "or_masks",
     "padding",
     "prefix",

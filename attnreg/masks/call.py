@@ -60,8 +60,10 @@ formatters: Final = Formatters()
 """What the `create_*` functions look names up in. It holds nothing of its own but what bridges have adopted."""
 
 
-def formatter_of(config: Any, impl: str | None, inputs_embeds: torch.Tensor) -> tuple[Callable[..., Any], bool]:
-    """Return the formatter that *impl*, else *config*, else attnreg's own choice names.
+def formatter_of(
+    config: Any, impl: str | Callable[..., Any] | None, inputs_embeds: torch.Tensor
+) -> tuple[Callable[..., Any], bool]:
+    """Return the formatter that *impl* is or names, else *config*, else attnreg's own choice.
 
     Returns:
         The formatter, and whether the name is one of transformers' own: the layer that it configures may then call
@@ -71,6 +73,8 @@ def formatter_of(config: Any, impl: str | None, inputs_embeds: torch.Tensor) -> 
         MissingMaskFormatterError: the name has an attention function and no formatter.
         UnknownBackendError: nobody provides the name; see `attnreg.get` for what else looking it up raises.
     """
+    if impl is not None and not isinstance(impl, str):
+        return impl, False
     if impl is None:
         name = _implementation(config)
         if name is not None and name != AUTO:

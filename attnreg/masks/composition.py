@@ -15,6 +15,8 @@ from attnreg.masks.predicates import bidirectional, blocks, causal, chunked, pre
 from attnreg.masks.ready import check_ready
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from attnreg.masks.algebra import MaskFunction, Predicate
     from attnreg.masks.extent import Extent
     from attnreg.masks.predicates import Documents
@@ -39,7 +41,7 @@ def composed(
     layer_idx: int | None,
     *,
     skip: bool,
-    impl: str | None,
+    impl: str | Callable[..., Any] | None,
     is_causal: bool,
     num_heads: int | None,
     encoder_hidden_states: torch.Tensor | None = None,

@@ -16,6 +16,8 @@ from attnreg.errors import InvalidInputError
 from attnreg.masks.composition import causality, composed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from attnreg.masks.algebra import MaskFunction
@@ -33,7 +35,7 @@ def create_causal_mask(
     layer_idx: int | None = None,
     allow_is_causal_skip: bool = True,  # noqa: FBT001, FBT002 - transformers' order
     *,
-    impl: str | None = None,
+    impl: str | Callable[..., Any] | None = None,
     is_causal: bool | None = None,
     num_heads: int | None = None,
 ) -> Any:
@@ -55,7 +57,7 @@ def create_causal_mask(
         block_sequence_ids: integer `(1 or batch_size, length)`; the tokens of one block see each other. -1 is no block.
         layer_idx: the cache's layer to measure; by default the first of this function's kind.
         allow_is_causal_skip: whether None may stand for plain causality.
-        impl: a backend's name; goes before *config*.
+        impl: a backend's name, or a mask formatter, such as `lazy_mask`; goes before *config*.
         is_causal: goes before `config.is_causal`. Tell the attention call the same.
         num_heads: number of query heads, for mask functions that depend on the head; by default the config's.
 
@@ -88,7 +90,7 @@ def create_sliding_window_causal_mask(
     layer_idx: int | None = None,
     allow_is_causal_skip: bool = True,  # noqa: FBT001, FBT002 - transformers' order
     *,
-    impl: str | None = None,
+    impl: str | Callable[..., Any] | None = None,
     is_causal: bool | None = None,
     num_heads: int | None = None,
     sliding_window: int | None = None,
@@ -124,7 +126,7 @@ def create_chunked_causal_mask(
     layer_idx: int | None = None,
     allow_is_causal_skip: bool = True,  # noqa: FBT001, FBT002 - transformers' order
     *,
-    impl: str | None = None,
+    impl: str | Callable[..., Any] | None = None,
     is_causal: bool | None = None,
     num_heads: int | None = None,
     chunk_size: int | None = None,
@@ -161,7 +163,7 @@ def create_bidirectional_mask(
     position_ids: torch.Tensor | None = None,
     block_sequence_ids: torch.Tensor | None = None,
     layer_idx: int | None = None,
-    impl: str | None = None,
+    impl: str | Callable[..., Any] | None = None,
     is_causal: bool | None = None,
     num_heads: int | None = None,
 ) -> Any:
@@ -199,7 +201,7 @@ def create_bidirectional_sliding_window_mask(
     position_ids: torch.Tensor | None = None,
     block_sequence_ids: torch.Tensor | None = None,
     layer_idx: int | None = None,
-    impl: str | None = None,
+    impl: str | Callable[..., Any] | None = None,
     is_causal: bool | None = None,
     num_heads: int | None = None,
     sliding_window: int | None = None,

@@ -10,7 +10,7 @@ from attnreg.masks.composition import causality, composed
 from attnreg.masks.padded import is_all_real
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from attnreg.masks.algebra import MaskFunction
     from attnreg.masks.composition import Pattern
@@ -45,7 +45,7 @@ def create_masks_for_generate(
     and_mask_function: MaskFunction | None = None,
     block_sequence_ids: torch.Tensor | None = None,
     *,
-    impl: str | None = None,
+    impl: str | Callable[..., Any] | None = None,
     is_causal: bool | None = None,
     num_heads: int | None = None,
     layer_types: Iterable[str] | None = None,

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnreg.capabilities import Request
 from attnreg.errors import InvalidInputError
-from attnreg.functional import Asked, attend, standing
+from attnreg.functional import Asked, attend
 from attnreg.functional.checking import cap, causality, probability, scaling
 from attnreg.masks.predicates import sliding_window as window
-from attnreg.naming import AUTO
-from attnreg.selection import resolve
+from attnreg.nn.binding import BoundModule
 
 if TYPE_CHECKING:
+    from attnreg.capabilities import Request
     from attnreg.masks.extent import Extent
 
 
-class Layer(torch.nn.Module):
+class Layer(BoundModule):
     """Heads, options and a backend; the projections are the subclass's. See `SelfAttention` for the arguments."""
 
     def __init__(
@@ -36,7 +36,7 @@ class Layer(torch.nn.Module):
         layer_idx: int | None,
         attn_implementation: str | None,
     ) -> None:
-        super().__init__()
+        torch.nn.Module.__init__(self)  # the backend is bound below, when the heads are known
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_dim = embed_dim // max(num_heads, 1) if head_dim is None else head_dim
@@ -62,19 +62,18 @@ class Layer(torch.nn.Module):
             wanted = f"a divisor of num_heads={self.num_heads}"
             raise InvalidInputError("num_kv_heads", str(self.num_kv_heads), wanted)
 
-    @property
-    def attn_implementation(self) -> str:
-        """The backend's name, or `auto`. Setting it resolves and checks the name, as building the layer does."""
-        return self._implementation
-
-    @attn_implementation.setter
-    def attn_implementation(self, name: str | None) -> None:
-        name = standing(name)
-        if name != AUTO:
-            dim = self.head_dim
-            heads = Request(head_dim=dim, value_head_dim=dim, query_heads=self.num_heads, kv_heads=self.num_kv_heads)
-            resolve(name, heads)
-        self._implementation = name
+    def attention_needs(self) -> Request:
+        """Return what every call needs: the heads, and what the options ask for."""
+        words = {"causal": self.is_causal, "sliding_window": self.sliding_window is not None}
+        return replace(
+            super().attention_needs(),
+            head_dim=self.head_dim,
+            value_head_dim=self.head_dim,
+            query_heads=self.num_heads,
+            kv_heads=self.num_kv_heads,
+            structures=frozenset(word for word, asked in words.items() if asked),
+            softcap=self.softcap is not None,
+        )
 
     def extra_repr(self) -> str:
         """Show the heads and the backend."""

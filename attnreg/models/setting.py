@@ -1,0 +1,155 @@
+"""Which backend each part of a model runs on: to see, and to change, all or nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import import_module
+from threading import RLock
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from attnreg.default import default_registry
+from attnreg.errors import InvalidInputError, KernelError, UnsupportedPartError
+from attnreg.models.choosing import chosen
+from attnreg.models.own import OWN
+from attnreg.naming import AUTO
+from attnreg.selection import resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from attnreg.models.parts import Host, Part
+
+_LIBRARIES: Final = {
+    "transformers": "attnreg.integrations.transformers_parts",
+    "diffusers": "attnreg.integrations.diffusers",
+}
+"""Library → the module whose `HOST` knows its parts. One that was not imported has no models here."""
+
+_lock: Final = RLock()
+
+
+def set_attn_implementation(model: Any, attn_implementation: str | Mapping[str, Any], *, check: bool = True) -> None:
+    """Change the backends that a model runs attention on, without reloading anything.
+
+    All parts change, or none. Parts that a dictionary does not mean keep what they have.
+
+    Args:
+        model: any `torch.nn.Module` made of attnreg's layers, of transformers' or diffusers' models, or a diffusers
+            pipeline, whose components are named first in a path.
+        attn_implementation: one backend's name for all parts, or a dictionary. Its keys are sub-configurations
+            (`"vision_config"`), modules (`"model.vision_tower"`), patterns over module paths as in `fnmatch`
+            (`"layers.*.cross_attn"`), and `""` for every part that no other key means. The key that means a part most
+            closely counts. `"auto"` is the best backend for what the part needs. A name such as `"transformers:sdpa"`,
+            as `get_attn_implementation` returns it, is the library's own implementation.
+        check: refuse backends that cannot serve what a part needs, as far as that shows before it is called: device,
+            dtype, head dimensions, features of its attention. Calls are judged in any case.
+
+    Raises:
+        InvalidInputError: no name and no dictionary of names, keys that contradict each other, or a model without any
+            part that attnreg knows.
+        UnknownPartError: a key means no part; says which keys do.
+        UnknownBackendError: nobody provides the name; see `attnreg.get` for what else looking it up raises.
+        UnsupportedPartError: backends cannot serve their parts; holds the reasons, part by part.
+        BridgeError: the library that a part was written for cannot have it.
+    """
+    with _lock:
+        roots = _roots(model)
+        parts = [part for _, _, found in roots for part in found]
+        if not parts:
+            kind = f"of type {type(model).__name__}, without attention whose backend can be chosen"
+            wanted = (
+                "layers of attnreg.nn, modules with attnreg.models.AttentionLayer, or a transformers or diffusers model"
+            )
+            raise InvalidInputError("model", kind, wanted)
+        wanted_names = _resolved(chosen(parts, attn_implementation), check=check)
+        commits = []
+        for root, host, found in roots:
+            if own := {part: wanted_names[part] for part in found if part in wanted_names}:
+                commits.append(host.plan(root, own))
+        for commit in commits:
+            commit()
+
+
+def get_attn_implementation(model: Any) -> str | dict[str, str]:
+    """Return what a model runs attention on, as `set_attn_implementation` takes it.
+
+    Returns:
+        One name if all parts have the same; else a dictionary by sub-configuration, `""` being the model's own, or,
+        where the parts of a sub-configuration differ, by module path. `"transformers:sdpa"` and the like are
+        implementations of the library that the part was written for.
+
+    Raises:
+        InvalidInputError: the model is no module and no pipeline.
+    """
+    names = {part: part.host.implementation(part) for _, _, found in _roots(model) for part in found}
+    if len(set(names.values())) == 1:
+        return next(iter(names.values()))
+    by_config: dict[str, set[str]] = {}
+    for part, name in names.items():
+        by_config.setdefault(part.config, set()).add(name)
+    if all(len(found) == 1 for found in by_config.values()) and len(by_config) > 1:
+        return {config: found.pop() for config, found in sorted(by_config.items())}
+    return {part.path: name for part, name in names.items()}
+
+
+def _roots(model: Any) -> list[tuple[torch.nn.Module, Host, list[Part]]]:
+    """Return every module to look into, with each host that has parts in it, and these."""
+    if isinstance(model, torch.nn.Module):
+        modules = {"": model}
+    elif isinstance(components := getattr(model, "components", None), Mapping):
+        modules = {name: each for name, each in components.items() if isinstance(each, torch.nn.Module)}
+    else:
+        wanted = "a torch.nn.Module, or a diffusers pipeline"
+        raise InvalidInputError("model", f"of type {type(model).__name__}", wanted)
+    found = []
+    for name, root in modules.items():
+        for host in _hosts():
+            parts = [_within(name, part) for part in host.parts(root)]
+            if parts:
+                found.append((root, host, parts))
+    return found
+
+
+def _within(component: str, part: Part) -> Part:
+    return replace(part, path=".".join(filter(None, (component, part.path)))) if component else part
+
+
+def _hosts() -> list[Host]:
+    """Return the hosts of libraries that have been imported."""
+    homes = [home for library, home in _LIBRARIES.items() if library in sys.modules]
+    return [OWN, *(import_module(home).HOST for home in homes)]
+
+
+def _resolved(wanted: Mapping[Part, str], *, check: bool) -> dict[Part, str]:
+    """Look the names up, decide what `auto` is, and judge each backend by what its parts need."""
+    found: dict[Part, str] = {}
+    refused: dict[str, tuple[str, Sequence[object]]] = {}
+    for part, name in wanted.items():
+        library, _, rest = name.partition(":")
+        if rest and library == part.host.name:
+            found[part] = name
+        elif name == AUTO:
+            found[part] = name if part.host is OWN else resolve(AUTO, part.needs).name
+        else:
+            found[part] = default_registry.get(name).name
+            if check and (reasons := _reasons(name, part)):
+                refused[part.path or type(part.module).__name__] = (name, reasons)
+    if refused:
+        raise UnsupportedPartError(refused)
+    return found
+
+
+def _reasons(name: str, part: Part) -> Sequence[object]:
+    """Return what keeps a backend from serving a part; its kernel is imported, if nothing else does."""
+    backend = default_registry.get(name)
+    found: Sequence[object] = backend.reasons(part.needs)
+    if not found and backend.kernel is not None:
+        try:
+            backend.kernel.load()
+        except KernelError as error:
+            return error.reasons
+    return found
