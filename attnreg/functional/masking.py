@@ -135,9 +135,12 @@ def _by_function(
 
 
 def _flags_do(backend: Backend, asked: Asked, extent: Extent) -> bool:
-    """Whether the backend honours the flags that are asked for, and they mean the same here."""
+    """Whether the backend honours the flags that are asked for, and they mean the same here.
+
+    A function that does not read `is_causal` is handed a mask by every other caller, so it may insist on one.
+    """
     if not asked.is_causal and asked.sliding_window is None:
-        return True
+        return backend.mask is NO_MASK or _supports(backend, extent).is_causal
     if not extent.aligned:
         return False
     if backend.mask is NO_MASK:
