@@ -1,0 +1,125 @@
+"""Which modules of a diffusers model attend, how, and what their calls need."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from diffusers.models import attention_processor
+from diffusers.models.attention_dispatch import AttentionBackendName
+
+from attnreg.capabilities import Request
+from attnreg.integrations.attending import calls
+from attnreg.integrations.diffusers.pins import ATTRIBUTE, active, said, said_before
+
+SDPA: Final = "scaled_dot_product_attention"
+DISPATCH: Final = "dispatch_attention_fn"
+FOLLOWERS: Final = frozenset({"QwenImage21AttnProcessor"})
+"""Processors that for some of their calls ask diffusers' active backend, whatever they say themselves."""
+
+_ELSEWHERE: Final = frozenset({"flex_attention", "memory_efficient_attention"}) | (
+    AttentionBackendName.__members__.keys() - {"NATIVE"}
+)
+"""What code names that attends past torch's function."""
+_NAMES: Final = _ELSEWHERE | {SDPA, DISPATCH}
+_LINEAR: Final = frozenset(
+    {
+        "PAGCFGSanaLinearAttnProcessor2_0",
+        "PAGIdentitySanaLinearAttnProcessor2_0",
+        "SanaLinearAttnProcessor2_0",
+        "SanaLinearAttnProcessor3_0",
+        "SanaMultiscaleAttnProcessor2_0",
+    }
+)
+"""diffusers' processors without a softmax."""
+_known: Final[dict[type, frozenset[str]]] = {}
+"""What the code of a class calls; see `_called`."""
+
+
+def attends(module: torch.nn.Module) -> bool:
+    """Whether the module attends: with a processor, or as one of diffusers' that calls torch's function itself."""
+    processor = getattr(module, "processor", None)
+    if callable(processor) and any(hasattr(module, name) for name in ("set_processor", "heads", "num_heads")):
+        return type(processor).__name__ not in _LINEAR
+    return type(module).__module__.startswith("diffusers.") and SDPA in _called(type(module))
+
+
+def trouble(module: torch.nn.Module) -> tuple[str, str] | None:
+    """Say why no backend can serve the module, and what to do about it; None if one can."""
+    processor = getattr(module, "processor", None)
+    if processor is None:
+        return None
+    kind, called = type(processor), _called(type(processor))
+    name = f"its processor {kind.__module__}.{kind.__qualname__}"
+    if elsewhere := called & _ELSEWHERE:
+        problem = f"{name} attends past {SDPA}, with {', '.join(sorted(elsewhere))}"
+    elif not called:
+        problem = f"{name} computes attention itself, not with {SDPA} or {DISPATCH}"
+    elif (only := getattr(kind, ATTRIBUTE, None)) not in (None, "native"):
+        problem = f"{name} is made for diffusers' backend {str(only)!r}"
+    elif getattr(processor, "_parallel_config", None) is not None:
+        return f"{name} splits attention over devices", "Do without enable_parallelism."
+    else:
+        return None
+    twin = f"{kind.__name__}2_0"
+    if kind.__module__ == attention_processor.__name__ and hasattr(attention_processor, twin):
+        return problem, f"Give the module the processor {twin} (set_processor), or leave it out."
+    return problem, "Leave the module out: name other parts of the model in a dictionary."
+
+
+def own_name(module: torch.nn.Module) -> str:
+    """Return what diffusers calls the implementation that the module has, or had before it was given a backend."""
+    processor = getattr(module, "processor", None)
+    if processor is None:
+        return "native"
+    if (before := said_before(processor)) is not None:
+        return before
+    called = _called(type(processor))
+    if hasattr(processor, ATTRIBUTE) or DISPATCH in called:
+        return active()
+    return "native" if SDPA in called else type(processor).__name__
+
+
+def strays(processor: Any) -> bool:
+    """Whether calls of a processor leave `native`, because it says nothing, or does not always ask itself."""
+    asks_itself = said(processor) is not None and type(processor).__name__ not in FOLLOWERS
+    return not asks_itself and active() != "native" and bool(_dispatches(type(processor)))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _dispatches(kind: type) -> bool:
+    return DISPATCH in _called(kind)
+
+
+def needs_of(module: torch.nn.Module) -> Request:
+    """Return what calls of the module need, as far as it tells; an offloaded module does not tell its device."""
+    heads = _number(module, "heads", "num_heads")
+    inner = _number(module, "inner_dim")
+    head_dim = _number(module, "head_dim", "dim_head")
+    if head_dim is None and heads and inner and inner % heads == 0:
+        head_dim = inner // heads
+    kv_heads = _number(module, "kv_heads")
+    if heads is None or (kv_heads and heads % kv_heads):
+        kv_heads = None
+    tensor = next((each for each in module.parameters() if each.is_floating_point()), None)
+    dtype = None if tensor is None or tensor.element_size() == 1 else str(tensor.dtype)
+    device = None if tensor is None or tensor.is_meta or _is_offloaded(module) else tensor.device.type
+    return Request(device=device, dtype=dtype, head_dim=head_dim, query_heads=heads, kv_heads=kv_heads)
+
+
+def _number(module: torch.nn.Module, *names: str) -> int | None:
+    found = (getattr(module, name, None) for name in names)
+    return next((each for each in found if isinstance(each, int) and not isinstance(each, bool) and each > 0), None)
+
+
+def _is_offloaded(module: torch.nn.Module) -> bool:
+    return any(hasattr(each, hook) for each in module.modules() for hook in ("_hf_hook", "_diffusers_hook"))
+
+
+def _called(kind: type) -> frozenset[str]:
+    """Return what the methods of a processor or module call, those that it has from elsewhere than torch included."""
+    if kind not in _known:
+        classes = [each for each in kind.__mro__ if not each.__module__.startswith("torch.")]
+        methods = [method for each in classes for method in vars(each).values() if callable(method)]
+        _known[kind] = frozenset[str]().union(*(calls(method, _NAMES) for method in methods))
+    return _known[kind]

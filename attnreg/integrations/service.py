@@ -1,0 +1,89 @@
+"""A module whose attention a backend computes: the module itself, of a class that says so.
+
+The class is derived from the module's own and redirects attention while the module is called. What is changed is one
+module, wherever it goes: `copy.deepcopy` and `pickle` take the choice along, other modules of its class know nothing of
+it, its parameters, hooks and `forward` are as they were, and giving its class back leaves no trace.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakValueDictionary
+
+from attnreg.integrations.redirection import Redirected
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from attnreg.backend import Backend
+
+_classes: Final[WeakValueDictionary[tuple[type, int], Any]] = WeakValueDictionary()
+"""One class for all modules of a class on a backend, so that torch.compile need not compile each by itself."""
+
+
+def serve(module: torch.nn.Module, backend: Backend, stands_aside: Callable[[Any], bool]) -> None:
+    """Have *backend* compute the module's attention from now on.
+
+    Args:
+        module: computes its attention with `scaled_dot_product_attention`.
+        backend: who computes it instead.
+        stands_aside: asked at each call whether the module goes its own way, without the backend; may raise.
+    """
+    module.__class__ = _class_of(own_class(module), backend, stands_aside)
+
+
+def release(module: torch.nn.Module) -> None:
+    """Give the module's own class back, if it has another."""
+    if backend_of(module) is not None:
+        module.__class__ = own_class(module)
+
+
+def backend_of(module: torch.nn.Module) -> Backend | None:
+    """Return who computes the module's attention; None if it does so itself."""
+    return getattr(type(module), "_attnreg_backend", None)
+
+
+def own_class(module: torch.nn.Module) -> type:
+    """Return the class that the module had before."""
+    found: type = getattr(type(module), "_attnreg_own", type(module))
+    return found
+
+
+def _class_of(own: type, backend: Backend, stands_aside: Callable[[Any], bool]) -> type:
+    # The class keeps the backend alive, so as long as it is here its id is nobody else's.
+    found: type | None = _classes.get((own, id(backend)))
+    return found or _classes.setdefault((own, id(backend)), _derived(own, backend, stands_aside))
+
+
+def _derived(own: Any, backend: Backend, stands_aside: Callable[[Any], bool]) -> type:
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if stands_aside(self):
+            return own.__call__(self, *args, **kwargs)
+        with Redirected(backend):
+            return own.__call__(self, *args, **kwargs)
+
+    def reduced(self: Any, protocol: Any) -> Any:
+        """Pickle the module as one of its own class, and the backend by its name."""
+        make, arguments, *rest = own.__reduce_ex__(self, protocol)
+        given = tuple(own if each is type(self) else each for each in arguments)
+        return _again, (make, given, backend, stands_aside), *rest
+
+    body = {
+        "__call__": called,
+        "__reduce_ex__": reduced,
+        "__module__": own.__module__,
+        "__qualname__": own.__qualname__,
+        "__doc__": own.__doc__,
+        "_attnreg_backend": backend,
+        "_attnreg_own": own,
+    }
+    derived: type = type(own)(own.__name__, (own,), body)
+    return derived
+
+
+def _again(make: Callable[..., Any], arguments: Any, backend: Backend, stands_aside: Callable[[Any], bool]) -> Any:
+    module = make(*arguments)
+    serve(module, backend, stands_aside)
+    return module
