@@ -60,7 +60,6 @@ EXTERNAL = {
     "pluggy": {"loading"},
     "packaging": {"kernel"},
     "transformers": {"integrations", "cli", "models"},
-    "diffusers": {"integrations"},
     "diffusers": {"integrations", "models"},
     "typer": {"cli"},
     "rich": {"cli"},
