@@ -283,9 +283,12 @@ class UnsupportedPartError(UnsupportedError):
     parts: dict[str, tuple[str, list[Any]]]
 
     def __init__(self, parts: Mapping[str, tuple[str, Sequence[object]]]) -> None:
-        lines = [f"  {path}, {name!r}: {reason}" for path, (name, reasons) in parts.items() for reason in reasons]
-        if len(lines) > (shown := 8):  # a model has many layers, and most have the same trouble
-            lines[shown:] = [f"  … and {len(lines) - shown} more: see the error's `parts`"]
+        alike: dict[tuple[str, str], list[str]] = {}  # a model has many layers, and most have the same trouble
+        for path, (name, reasons) in parts.items():
+            for reason in reasons:
+                alike.setdefault((name, str(reason)), []).append(path)
+        rest = {key: f" and {len(paths) - 1} more" if len(paths) > 1 else "" for key, paths in alike.items()}
+        lines = [f"  {alike[key][0]}{rest[key]}, {key[0]!r}: {key[1]}" for key in alike]
         head = "the model is unchanged, because it has parts that these backends cannot serve:"
         text = "\n".join([head, *lines, "To set them nevertheless: check=False."])
         found = {path: (name, list(reasons)) for path, (name, reasons) in parts.items()}

@@ -21,6 +21,9 @@ class LazyMask:
 
     __slots__ = ("_formatted", "described")
 
+    ndim = 4
+    """For callers who tell padding from a mask that is complete by it."""
+
     def __init__(self, described: dict[str, Any]) -> None:
         self.described = described
         self._formatted: dict[str, Any] = {}
@@ -32,6 +35,10 @@ class LazyMask:
         if name not in self._formatted:
             self._formatted[name] = formatter(**self.described)
         return self._formatted[name]
+
+    def contiguous(self) -> LazyMask:
+        """Return the mask itself; callers who prepare masks ahead of a forward pass ask any mask for this."""
+        return self
 
     @property
     def structures(self) -> frozenset[str]:

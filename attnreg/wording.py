@@ -12,7 +12,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'sdpa'?"` for the nearest of *known*, or nothing."""
     import difflib
 
-    plain = {_plain(candidate): candidate for candidate in known}
+    plain: dict[str, str] = {}
+    for candidate in known:
+        plain.setdefault(_plain(candidate), candidate)
     close = difflib.get_close_matches(_plain(name), plain, n=1, cutoff=0.55)
     return f"; did you mean {plain[close[0]]!r}?" if close else ""
 

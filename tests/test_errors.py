@@ -142,10 +142,12 @@ TEXTS = [
         "  also: patterns over module paths, such as '*.self_attn', and '' for what is not named",
     ),
     (
-        errors.UnsupportedPartError({f"layers.{n}": ("loopback", ["softcap: no"]) for n in range(10)}),
+        errors.UnsupportedPartError(
+            {"head": ("loopback", ["sinks: no"])} | {f"layers.{n}": ("loopback", ["softcap: no"]) for n in range(10)}
+        ),
         "the model is unchanged, because it has parts that these backends cannot serve:\n"
-        + "".join(f"  layers.{n}, 'loopback': softcap: no\n" for n in range(8))
-        + "  … and 2 more: see the error's `parts`\nTo set them nevertheless: check=False.",
+        "  head, 'loopback': sinks: no\n  layers.0 and 9 more, 'loopback': softcap: no\n"
+        "To set them nevertheless: check=False.",
     ),
     (
         errors.BridgeError("transformers", "it is too old", "Upgrade it."),

@@ -60,6 +60,15 @@ class Unpadded:
     bounded: bool = False
 
     @property
+    def ndim(self) -> int:
+        """4, as of every mask that is complete: callers tell padding by its 2."""
+        return 4
+
+    def contiguous(self) -> Unpadded:
+        """Return the mask itself; callers who prepare masks ahead of a forward pass ask any mask for this."""
+        return self
+
+    @property
     def only_order_matters(self) -> bool:
         """Whether there is no window: causality or nothing."""
         return self.left is None and self.right in (0, None)

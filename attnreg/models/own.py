@@ -46,6 +46,11 @@ class Own:
             if (bound := _bound(module)) is not None
         ]
 
+    def unreached(self, model: torch.nn.Module) -> str:
+        """Return nothing: a module of attnreg's is bound to a backend, or attends as it likes."""
+        del model
+        return ""
+
     def implementation(self, part: Part) -> str:
         """Return the name that the module is bound to."""
         bound = _bound(part.module)

@@ -46,6 +46,10 @@ class Host(Protocol):
         """Return all of the host's parts in *model*, in the order of its modules; an empty list if there are none."""
         ...
 
+    def unreached(self, model: torch.nn.Module) -> str:
+        """Return what a name for all of *model* would leave out, and why; empty if nothing."""
+        ...
+
     def implementation(self, part: Part) -> str:
         """Return the backend's name; `transformers:sdpa`, say, for an implementation of the host's own."""
         ...

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from attnreg.default import default_registry
-from attnreg.errors import InvalidInputError, KernelError, UnsupportedPartError
-from attnreg.models.choosing import chosen
+from attnreg.errors import BridgeError, InvalidInputError, KernelError, UnsupportedPartError
+from attnreg.models.choosing import chosen, flat
 from attnreg.models.own import OWN
 from attnreg.naming import AUTO
 from attnreg.selection import resolve
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from attnreg.models.parts import Host, Part
 
 _LIBRARIES: Final = {
-    "transformers": "attnreg.integrations.transformers_parts",
+    "transformers": "attnreg.integrations.transformers.parts",
     "diffusers": "attnreg.integrations.diffusers",
 }
 """Library → the module whose `HOST` knows its parts. One that was not imported has no models here."""
@@ -58,12 +58,12 @@ def set_attn_implementation(model: Any, attn_implementation: str | Mapping[str, 
     """
     with _lock:
         roots = _roots(model)
+        if "" in dict(flat(attn_implementation)):
+            _check_reached(model)
         parts = [part for _, _, found in roots for part in found]
         if not parts:
             kind = f"of type {type(model).__name__}, without attention whose backend can be chosen"
-            wanted = (
-                "layers of attnreg.nn, modules with attnreg.models.AttentionLayer, or a transformers or diffusers model"
-            )
+            wanted = "a model with layers of attnreg.nn, or of transformers or diffusers that look a backend up by name"
             raise InvalidInputError("model", kind, wanted)
         wanted_names = _resolved(chosen(parts, attn_implementation), check=check)
         commits = []
@@ -96,17 +96,29 @@ def get_attn_implementation(model: Any) -> str | dict[str, str]:
     return {part.path: name for part, name in names.items()}
 
 
-def _roots(model: Any) -> list[tuple[torch.nn.Module, Host, list[Part]]]:
-    """Return every module to look into, with each host that has parts in it, and these."""
+def _modules(model: Any) -> dict[str, torch.nn.Module]:
+    """Return every module to look into, and what a pipeline calls it."""
     if isinstance(model, torch.nn.Module):
-        modules = {"": model}
-    elif isinstance(components := getattr(model, "components", None), Mapping):
-        modules = {name: each for name, each in components.items() if isinstance(each, torch.nn.Module)}
-    else:
-        wanted = "a torch.nn.Module, or a diffusers pipeline"
-        raise InvalidInputError("model", f"of type {type(model).__name__}", wanted)
+        return {"": model}
+    if isinstance(components := getattr(model, "components", None), Mapping):
+        return {name: each for name, each in components.items() if isinstance(each, torch.nn.Module)}
+    wanted = "a torch.nn.Module, or a diffusers pipeline"
+    raise InvalidInputError("model", f"of type {type(model).__name__}", wanted)
+
+
+def _check_reached(model: Any) -> None:
+    """Raise `BridgeError` if a name for all parts would leave some attention out."""
+    for root in _modules(model).values():
+        for host in _hosts():
+            if problem := host.unreached(root):
+                remedy = "Name the parts that take a backend in a dictionary without ''."
+                raise BridgeError(host.name, problem, remedy)
+
+
+def _roots(model: Any) -> list[tuple[torch.nn.Module, Host, list[Part]]]:
+    """Return every module with each host that has parts in it, and these."""
     found = []
-    for name, root in modules.items():
+    for name, root in _modules(model).items():
         for host in _hosts():
             parts = [_within(name, part) for part in host.parts(root)]
             if parts:
