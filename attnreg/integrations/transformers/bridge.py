@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from attnreg.default import default_registry
 from attnreg.errors import AttnregError, BridgeError, KernelError
-from attnreg.integrations.transformers.formatting import formatted_for_transformers
+from attnreg.integrations.transformers.formatting import called_by_transformers, formatted_for_transformers
 from attnreg.masks.call import formatters
 from attnreg.naming import spelled
 
@@ -66,7 +66,7 @@ class Bridge:
             self.names[key] = backend.name
             formatter = formatted_for_transformers(backend.format)
             AttentionMaskInterface.register(key, formatter)
-            AttentionInterface.register(key, backend.call)
+            AttentionInterface.register(key, called_by_transformers(backend))
             formatters.adopt(key, formatter)
         return key
 

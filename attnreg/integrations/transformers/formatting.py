@@ -5,18 +5,24 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from transformers import PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
+from attnreg.backend import NO_MASK
 from attnreg.errors import BridgeError
 from attnreg.integrations.closures import read
+from attnreg.masks import LazyMask, Unpadded, bidirectional
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import ModuleType
+
+    from transformers import PreTrainedConfig
+
+    from attnreg.backend import Backend
 
 
 def formatted_for_transformers(mask: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,11 +38,68 @@ def formatted_for_transformers(mask: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if (config := kwargs.get("config")) is not None and not _vouches(type(config)):
             kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        if isinstance(attention_mask, LazyMask | Unpadded):  # made ahead of the forward pass, as `generate` does
+            return attention_mask
         if attention_mask is not None and attention_mask.dim() == _PADDING and "kv_length" in kwargs:
             attention_mask = attention_mask[:, : kwargs.get("kv_offset", 0) + kwargs["kv_length"]]
-        return mask(*args, mask_function=read(mask_function), attention_mask=attention_mask, **kwargs)
+        made = mask(*args, mask_function=read(mask_function), attention_mask=attention_mask, **kwargs)
+        return made if made is None or config is None else _as_models_read_it(made, config, kwargs.get("dtype"))
 
     return formatted
+
+
+def called_by_transformers(backend: Backend) -> Callable[..., Any]:
+    """Return the backend's `call`, which gets its formatter's mask also where a model builds none.
+
+    Vision towers build none and say `is_causal=False`. A backend that reads no such flag is never to be without a mask.
+    """
+    if backend.mask is NO_MASK or backend.supports.is_causal:
+        return backend.call
+
+    def call(module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if attention_mask is None:
+            flag = kwargs.get("is_causal")
+            flag = getattr(module, "is_causal", True) if flag is None else flag
+            batch_size, q_length, kv_length = query.shape[0], query.shape[2], key.shape[2]
+            if not flag or q_length == 1:
+                attention_mask = backend.format(
+                    batch_size=batch_size,
+                    q_length=q_length,
+                    kv_length=kv_length,
+                    mask_function=bidirectional(),
+                    attention_mask=None,
+                    dtype=query.dtype,
+                    device=query.device,
+                )
+        return backend.call(module, query, key, value, attention_mask, **kwargs)
+
+    return functools.update_wrapper(call, backend.call.__wrapped__)  # type: ignore[attr-defined]
+
+
+def _as_models_read_it(made: Any, config: PreTrainedConfig, dtype: torch.dtype | None) -> Any:
+    """Return a mask as the code of *config*'s models takes it, which may compute with it before attention does.
+
+    Models that transformers does not vouch for take only its eager masks, which are added: DeepSeek-V4 puts a bias
+    beside the mask in the mask's own dtype, and a bias that is made boolean hides what it should show.
+
+    Raises:
+        BridgeError: the models compute with masks that are tensors, and this one is none.
+    """
+    if not isinstance(made, torch.Tensor):
+        if _computes_with_masks(config):
+            kinds = f"{type(config).__name__} compute with their masks, and {type(made).__name__} is no tensor"
+            remedy = "Choose a backend whose masks are tensors, such as sdpa or eager."
+            raise BridgeError("transformers", f"the models of {kinds}", remedy)
+        return made
+    if made.dtype is torch.bool and dtype is not None and not _vouches(type(config)):
+        return torch.zeros_like(made, dtype=dtype).masked_fill_(~made, torch.finfo(dtype).min)
+    return made
+
+
+def _computes_with_masks(config: PreTrainedConfig) -> bool:
+    """Whether layers cut their masks (keys and values shared among layers), or choose keys by them (an indexer)."""
+    sliced = getattr(config, "num_kv_shared_layers", 0)
+    return bool(sliced) or hasattr(config, "index_topk") or config.model_type in _COMPUTE_WITH_MASKS
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -71,6 +134,9 @@ def _module_vouches(module: ModuleType, config_class: type) -> bool:
     ]
     return bool(models) and all(model._supports_sdpa for model in models)  # noqa: SLF001 - transformers' own flag
 
+
+_COMPUTE_WITH_MASKS: Final = frozenset({"doge"})
+"""Types of models that compute with their masks and show it by no attribute of their configuration."""
 
 _VOUCHED: dict[type, bool] = {}
 _PADDING = 2

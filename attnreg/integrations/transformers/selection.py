@@ -9,6 +9,8 @@ goes through as it is.
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -69,6 +71,8 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: PreTrainedModel, config: PreTrainedConfig, *inputs: Any, **kwargs: Any) -> None:  # noqa: N807
         if selection.depth and isinstance(config, PreTrainedConfig):
+            if is_ours(config._attn_implementation) and _computes_attention_itself(type(self)):  # noqa: SLF001
+                raise _cannot_change(type(self), 'Build it with attn_implementation="eager".')
             settle(config)
         original(self, config, *inputs, **kwargs)
 
@@ -81,7 +85,7 @@ def _set_attn_implementation(original: Callable[..., None]) -> Callable[..., Non
         if selection.depth:
             asked = attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
             if is_ours(asked) and not self._can_set_attn_implementation():
-                raise _cannot_change(self)
+                raise _cannot_change(type(self), "Leave the model's own attention, or give the name when it is built.")
             attn_implementation = translated_all(attn_implementation, self.config)
         original(self, attn_implementation, *args, **kwargs)
 
@@ -99,9 +103,19 @@ def _checked(original: property) -> property:
     return property(original.fget, assign, original.fdel, original.__doc__)
 
 
-def _cannot_change(model: PreTrainedModel) -> BridgeError:
+def _computes_attention_itself(model: type[PreTrainedModel]) -> bool:
+    """Whether the model's source, as far as there is one, has attention in it that asks nobody for a function."""
+    module = sys.modules.get(model.__module__)
+    try:
+        source = "" if module is None else inspect.getsource(module)
+    except (OSError, TypeError):
+        return False
+    return bool(source) and not model._can_set_attn_implementation()  # noqa: SLF001 - transformers' own test
+
+
+def _cannot_change(model: type[PreTrainedModel], remedy: str) -> BridgeError:
     problem = (
-        f"it does not let {type(model).__name__} change its attention, because it finds no call of its "
+        f"it does not let {model.__name__} change its attention, because it finds no call of its "
         "AttentionInterface in the source of the model"
     )
-    return BridgeError("transformers", problem, "Leave the model's own attention, or give the name when it is built.")
+    return BridgeError("transformers", problem, remedy)
