@@ -72,7 +72,7 @@ def scaled_dot_product_attention(
         attn_mask: bool, True = attend, or floating, added to the scores; broadcasts over
             `(batch, heads, query_length, key_length)`.
         dropout_p: probability with which a weight is dropped.
-        is_causal: hide the keys behind the query, the first of both aligned.
+        is_causal: hide the keys behind the query, the first of both aligned; beside a mask both must allow.
         scale: factor of the scores; `1 / sqrt(head_dim)` by default.
         enable_gqa: query may have more heads.
 
@@ -80,14 +80,12 @@ def scaled_dot_product_attention(
         `(batch, heads, query_length, value_head_dim)`; a query without any key gives 0.
 
     Raises:
-        InvalidInputError: shapes that do not fit, or a mask beside *is_causal*.
+        InvalidInputError: shapes that do not fit.
         InvalidMaskError: a mask of another dtype or shape.
         UnsupportedError: the backend cannot do it; `UnsupportedMaskError` if its mask format cannot.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
     """
-    if attn_mask is not None and is_causal:
-        raise InvalidInputError("attn_mask beside is_causal=True", "two masks", "one of them, as torch wants it")
     if query.dim() == key.dim() == value.dim() == _ROWS:
         heads = (query[:, None], key[:, None], value[:, None])
         mask = attn_mask[:, None] if attn_mask is not None and attn_mask.dim() == _ROWS else attn_mask

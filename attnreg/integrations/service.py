@@ -58,11 +58,13 @@ def _class_of(own: type, backend: Backend, stands_aside: Callable[[Any], bool]) 
 
 
 def _derived(own: Any, backend: Backend, stands_aside: Callable[[Any], bool]) -> type:
+    call = own.__call__  # looked up here, because torch.compile cannot for classes that it has been told to allow
+
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
         if stands_aside(self):
-            return own.__call__(self, *args, **kwargs)
+            return call(self, *args, **kwargs)
         with Redirected(backend):
-            return own.__call__(self, *args, **kwargs)
+            return call(self, *args, **kwargs)
 
     def reduced(self: Any, protocol: Any) -> Any:
         """Pickle the module as one of its own class, and the backend by its name."""

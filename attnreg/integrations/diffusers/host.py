@@ -33,6 +33,11 @@ class Diffusers:
             if attends(module)
         ]
 
+    def unreached(self, model: torch.nn.Module) -> str:
+        """Return nothing: what cannot be given a backend is a part, and `plan` says so."""
+        del model
+        return ""
+
     def implementation(self, part: Part) -> str:
         """Return the backend's name, or `diffusers:native` and the like."""
         backend = backend_of(part.module)
