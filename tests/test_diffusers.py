@@ -375,6 +375,78 @@ def test_needs_are_read_off_the_modules() -> None:
     assert {"device", "dtype"} <= {reason.code for reason in caught.value.reasons}
 
 
+def test_norms_in_another_dtype_do_not_tell() -> None:
+    """The dtype of calls is that of the weights; where these are quantised, nothing is known, and nothing refused."""
+    model, _ = made(tiny.flux, torch.bfloat16)
+    attn = model.transformer_blocks[0].attn
+    attn.norm_q.float()
+    assert bridge.HOST.parts(model)[0].needs.dtype == "bfloat16"
+    attn.to_q.weight = torch.nn.Parameter(torch.zeros(32, 32, dtype=torch.uint8), requires_grad=False)
+    assert bridge.HOST.parts(model)[0].needs.dtype is None
+
+
+@pytest.mark.parametrize("first", ["backend", "hooks"])
+def test_hooks_of_diffusers(first) -> None:
+    """Hooks that wrap a module's forward, put there before or after, leave the backend in charge of what runs."""
+    calls = []
+
+    def attention(module, query, key, value, attention_mask=None, **kwargs):
+        calls.append(query.shape)
+        return attnreg.get("sdpa").call(module, query, key, value, attention_mask, **kwargs)
+
+    supports = attnreg.get("sdpa").supports
+    attnreg.AttentionInterface.register("counting", attention, mask=attnreg.masks.sdpa_mask, supports=supports)
+    model, inputs = made(tiny.flux)
+    expected = run(model, inputs)
+    if first == "backend":
+        set_attn_implementation(model, "counting")
+    config = diffusers.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 1000),
+        current_timestep_callback=lambda: 500,
+        spatial_attention_block_identifiers=("transformer_blocks",),
+    )
+    diffusers.apply_pyramid_attention_broadcast(model, config)
+    if first == "hooks":
+        set_attn_implementation(model, "counting")
+    assert torch.equal(run(model, inputs), expected)
+    assert len(calls) == 2
+    run(model, inputs)  # in which the hooks bring back what they have kept
+    assert len(calls) == 2
+    bridge.reset(model)
+    assert get_attn_implementation(model) == "diffusers:native"
+
+
+def test_pipelines() -> None:
+    """A pipeline's models are named by their components, and go back together."""
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    pipeline = diffusers.DDPMPipeline(unet.eval(), diffusers.DDPMScheduler(num_train_timesteps=2))
+    pipeline.set_progress_bar_config(disable=True)
+
+    def image():
+        return torch.from_numpy(
+            pipeline(generator=torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np").images
+        )
+
+    expected = image()
+    set_attn_implementation(pipeline, {"unet.down_blocks": "eager"})
+    found = get_attn_implementation(pipeline)
+    assert {path.split(".")[1] for path, name in found.items() if name == "eager"} == {"down_blocks"}
+    torch.testing.assert_close(image(), expected, rtol=1e-4, atol=1e-4)
+    bridge.reset(pipeline)
+    assert get_attn_implementation(pipeline) == "diffusers:native"
+    assert torch.equal(image(), expected)
+
+
 def test_autocast() -> None:
     """Under autocast a backend is handed what torch's own function would be."""
     model, inputs = made(tiny.unet)

@@ -101,9 +101,11 @@ def needs_of(module: torch.nn.Module) -> Request:
     kv_heads = _number(module, "kv_heads")
     if heads is None or (kv_heads and heads % kv_heads):
         kv_heads = None
-    tensor = next((each for each in module.parameters() if each.is_floating_point()), None)
-    dtype = None if tensor is None or tensor.element_size() == 1 else str(tensor.dtype)
-    device = None if tensor is None or tensor.is_meta or _is_offloaded(module) else tensor.device.type
+    # Norms may be kept in another dtype than calls have; a quantised weight does not tell.
+    weight = next((each for each in module.parameters() if each.dim() > 1), None)
+    tells = weight is not None and weight.is_floating_point() and weight.element_size() > 1
+    dtype = str(weight.dtype) if weight is not None and tells else None
+    device = None if weight is None or weight.is_meta or _is_offloaded(module) else weight.device.type
     return Request(device=device, dtype=dtype, head_dim=head_dim, query_heads=heads, kv_heads=kv_heads)
 
 
