@@ -30,11 +30,16 @@ _RANK: Final = 4
 
 
 class Redirected(TorchFunctionMode):
-    """Inside of it, `scaled_dot_product_attention` is *backend*, in this thread."""
+    """Inside of it, `scaled_dot_product_attention` is *backend*, in this thread.
+
+    Attributes:
+        answered: whether it has been called.
+    """
 
     def __init__(self, backend: Backend) -> None:
         super().__init__()
         self._backend = backend
+        self.answered = False
 
     def __torch_function__(
         self,
@@ -45,6 +50,8 @@ class Redirected(TorchFunctionMode):
     ) -> Any:
         """Answer for *func*; torch has left the mode meanwhile."""
         if func is _SDPA:
+            if not torch.compiler.is_compiling():  # a trace cannot write to a mode
+                self.answered = True
             return scaled_dot_product_attention(self._backend, *args, **(kwargs or {}))
         if func is _UNFLATTEN:  # torch.compile cannot go through the method itself, which calls that of its base class
             return args[0].unflatten(*args[1:], **(kwargs or {}))

@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakValueDictionary
 
+import torch
+
+from attnreg.errors import BridgeError
 from attnreg.integrations.redirection import Redirected
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import torch
 
     from attnreg.backend import Backend
 
@@ -23,15 +24,19 @@ _classes: Final[WeakValueDictionary[tuple[type, int], Any]] = WeakValueDictionar
 """One class for all modules of a class on a backend, so that torch.compile need not compile each by itself."""
 
 
-def serve(module: torch.nn.Module, backend: Backend, stands_aside: Callable[[Any], bool]) -> None:
+def serve(
+    module: torch.nn.Module, backend: Backend, stands_aside: Callable[[Any], bool], *, must_attend: bool = False
+) -> None:
     """Have *backend* compute the module's attention from now on.
 
     Args:
         module: computes its attention with `scaled_dot_product_attention`.
         backend: who computes it instead.
         stands_aside: asked at each call whether the module goes its own way, without the backend; may raise.
+        must_attend: a call in which the backend is never reached raises `BridgeError`. A library that leaves attention
+            out on purpose, because it keeps what the last step computed, does not want that.
     """
-    module.__class__ = _class_of(own_class(module), backend, stands_aside)
+    module.__class__ = _class_of(own_class(module), backend, stands_aside, must_attend=must_attend)
 
 
 def release(module: torch.nn.Module) -> None:
@@ -51,26 +56,30 @@ def own_class(module: torch.nn.Module) -> type:
     return found
 
 
-def _class_of(own: type, backend: Backend, stands_aside: Callable[[Any], bool]) -> type:
+def _class_of(own: type, backend: Backend, stands_aside: Callable[[Any], bool], *, must_attend: bool) -> type:
     # The class keeps the backend alive, so as long as it is here its id is nobody else's.
     found: type | None = _classes.get((own, id(backend)))
-    return found or _classes.setdefault((own, id(backend)), _derived(own, backend, stands_aside))
+    return found or _classes.setdefault((own, id(backend)), _derived(own, backend, stands_aside, must_attend))
 
 
-def _derived(own: Any, backend: Backend, stands_aside: Callable[[Any], bool]) -> type:
+def _derived(own: Any, backend: Backend, stands_aside: Callable[[Any], bool], must_attend: bool) -> type:  # noqa: FBT001
     call = own.__call__  # looked up here, because torch.compile cannot for classes that it has been told to allow
 
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
         if stands_aside(self):
             return call(self, *args, **kwargs)
-        with Redirected(backend):
-            return call(self, *args, **kwargs)
+        redirected = Redirected(backend)
+        with redirected:
+            output = call(self, *args, **kwargs)
+        if must_attend and not torch.compiler.is_compiling() and not redirected.answered:
+            raise BridgeError(*_past_the_function(own, backend))
+        return output
 
     def reduced(self: Any, protocol: Any) -> Any:
         """Pickle the module as one of its own class, and the backend by its name."""
         make, arguments, *rest = own.__reduce_ex__(self, protocol)
         given = tuple(own if each is type(self) else each for each in arguments)
-        return _again, (make, given, backend, stands_aside), *rest
+        return _again, (make, given, backend, stands_aside, must_attend), *rest
 
     body = {
         "__call__": called,
@@ -85,7 +94,20 @@ def _derived(own: Any, backend: Backend, stands_aside: Callable[[Any], bool]) ->
     return derived
 
 
-def _again(make: Callable[..., Any], arguments: Any, backend: Backend, stands_aside: Callable[[Any], bool]) -> Any:
+def _past_the_function(own: type, backend: Backend) -> tuple[str, str, str]:
+    name = f"a module of the class {own.__name__} was given {backend.name!r}"
+    problem = f"{name}, and was called without calling scaled_dot_product_attention: something else computed"
+    remedy = "Have it call that function, or leave it out: attnreg.set_attn_implementation, with a dictionary."
+    return own.__module__.partition(".")[0], problem, remedy
+
+
+def _again(
+    make: Callable[..., Any],
+    arguments: Any,
+    backend: Backend,
+    stands_aside: Callable[[Any], bool],
+    must_attend: bool,  # noqa: FBT001 - pickle gives it by position
+) -> Any:
     module = make(*arguments)
-    serve(module, backend, stands_aside)
+    serve(module, backend, stands_aside, must_attend=must_attend)
     return module

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _LIBRARIES: Final = {
     "transformers": "attnreg.integrations.transformers.parts",
     "diffusers": "attnreg.integrations.diffusers",
+    "torch": "attnreg.integrations.torch_modules",
 }
 """Library → the module whose `HOST` knows its parts. One that was not imported has no models here."""
 
@@ -38,8 +39,9 @@ def set_attn_implementation(model: Any, attn_implementation: str | Mapping[str, 
     All parts change, or none. Parts that a dictionary does not mean keep what they have.
 
     Args:
-        model: any `torch.nn.Module` made of attnreg's layers, of transformers' or diffusers' models, or a diffusers
-            pipeline, whose components are named first in a path.
+        model: any `torch.nn.Module` in which there are layers of attnreg's, models of transformers or diffusers, or
+            modules whose code calls torch's `scaled_dot_product_attention`; or a diffusers pipeline, whose components
+            are named first in a path.
         attn_implementation: one backend's name for all parts, or a dictionary. Its keys are sub-configurations
             (`"vision_config"`), modules (`"model.vision_tower"`), patterns over module paths as in `fnmatch`
             (`"layers.*.cross_attn"`), and `""` for every part that no other key means. The key that means a part most
@@ -63,7 +65,7 @@ def set_attn_implementation(model: Any, attn_implementation: str | Mapping[str, 
         parts = [part for _, _, found in roots for part in found]
         if not parts:
             kind = f"of type {type(model).__name__}, without attention whose backend can be chosen"
-            wanted = "a model with layers of attnreg.nn, or of transformers or diffusers that look a backend up by name"
+            wanted = "layers of attnreg.nn, or modules that look a backend up or call scaled_dot_product_attention"
             raise InvalidInputError("model", kind, wanted)
         wanted_names = _resolved(chosen(parts, attn_implementation), check=check)
         commits = []
