@@ -24,12 +24,12 @@ def _called(function: Any, names: frozenset[str], seen: set[Any]) -> Iterator[st
     if not isinstance(function, FunctionType) or function in seen:
         return
     seen.add(function)
-    package = function.__module__.partition(".")[0]
+    package = str(function.__module__).partition(".")[0]
     for name in _named(function.__code__):
         other = function.__globals__.get(name)
         if name in names:
             yield name
-        elif isinstance(other, FunctionType) and other.__module__.partition(".")[0] == package:
+        elif isinstance(other, FunctionType) and str(other.__module__).partition(".")[0] == package:
             yield from _called(other, names, seen)
 
 

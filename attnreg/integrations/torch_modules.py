@@ -85,11 +85,16 @@ def _never(module: Any) -> bool:
 def _attends(kind: type) -> bool:
     """Whether the code of a module's class, or of what it is derived from, calls the function."""
     if kind not in _known:
-        classes = [each for each in kind.__mro__ if each.__module__.partition(".")[0] != "torch"]
-        spoken_for = not classes or classes[0].__module__.partition(".")[0] in _SPOKEN_FOR
+        classes = [each for each in kind.__mro__ if _package(each) != "torch"]
+        spoken_for = not classes or _package(classes[0]) in _SPOKEN_FOR
         methods = [method for each in classes for method in vars(each).values() if callable(method)]
         _known[kind] = not spoken_for and any(calls(method, _SDPA) for method in methods)
     return _known[kind]
+
+
+def _package(kind: type) -> str:
+    """Return the package that a class is from; one that was made by `exec` may be from none."""
+    return str(kind.__module__).partition(".")[0]
 
 
 def _needs_of(module: torch.nn.Module) -> Request:
