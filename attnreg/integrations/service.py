@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from attnreg.backend import Backend
 
-_classes: Final[WeakValueDictionary[tuple[type, int], Any]] = WeakValueDictionary()
+_classes: Final[WeakValueDictionary[tuple[type, int, bool], Any]] = WeakValueDictionary()
 """One class for all modules of a class on a backend, so that torch.compile need not compile each by itself."""
 
 
@@ -58,8 +58,9 @@ def own_class(module: torch.nn.Module) -> type:
 
 def _class_of(own: type, backend: Backend, stands_aside: Callable[[Any], bool], *, must_attend: bool) -> type:
     # The class keeps the backend alive, so as long as it is here its id is nobody else's.
-    found: type | None = _classes.get((own, id(backend)))
-    return found or _classes.setdefault((own, id(backend)), _derived(own, backend, stands_aside, must_attend))
+    key = (own, id(backend), must_attend)
+    found: type | None = _classes.get(key)
+    return found or _classes.setdefault(key, _derived(own, backend, stands_aside, must_attend))
 
 
 def _derived(own: Any, backend: Backend, stands_aside: Callable[[Any], bool], must_attend: bool) -> type:  # noqa: FBT001
