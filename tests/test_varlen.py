@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -280,6 +281,48 @@ def test_nothing_has_no_sequences(sizes) -> None:
         batch, queries, keys, max(keys - queries, 0), mask_function=bidirectional(), attention_mask=real
     )
     assert mask.dense().shape == (batch, 1, queries, keys)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    data=st.data(),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 6)),
+    function=st.sampled_from([causal(), bidirectional(), sliding_window(2), window(1, 1)]),
+)
+def test_padding_alone_goes_a_shorter_way_to_the_same_sequences(data: Any, sizes: tuple[int, int], function) -> None:
+    """Padding alone, whose sequences are found in fewer steps, lets real queries see what it does beside a document."""
+    batch, keys = sizes
+    queries = data.draw(st.integers(1, keys))
+    rows = st.lists(st.lists(st.booleans(), min_size=keys, max_size=keys), min_size=batch, max_size=batch)
+    real = torch.tensor(data.draw(rows))
+    # Before a key that nobody sees, there is a second document: without it, there would be none to look for.
+    ids = torch.tensor([[1, *[0] * keys]] * batch)
+    found = []
+    for terms, before in ((function, 0), (function & documents(ids), 1)):
+        mask_of = partial(flash_attention_mask, batch, queries, keys + before, keys + before - queries)
+        hidden = torch.nn.functional.pad(real, (before, 0))
+        try:
+            mask = mask_of(mask_function=terms, attention_mask=hidden, allow_is_causal_skip=False)
+        except UnsupportedMaskError as error:
+            found.append([reason.code for reason in error.reasons])
+        else:
+            seen = torch.ones(1, dtype=torch.bool) if mask is None else mask.dense()[..., before:]
+            found.append((seen & real[:, None, -queries:, None] & real[:, None, None]).tolist())
+    assert found[0] == found[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("function", [causal(), bidirectional(), sliding_window(2)], ids=str)
+@pytest.mark.parametrize("pads", [(2, 0), (0, 2)], ids=["left", "right"])
+def test_padding_alone_waits_for_the_device_once(function, pads: tuple[int, int]) -> None:
+    """Unpadding a batch costs one synchronisation, whichever side its padding is on."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    real = torch.nn.functional.pad(torch.ones(3, 5, dtype=torch.bool, device="cuda"), pads)
+    flash_attention_mask(3, 7, 7, mask_function=function, attention_mask=real)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        flash_attention_mask(3, 7, 7, mask_function=function, attention_mask=real)
+    assert len([event for event in profile.events() if "Memcpy DtoH" in event.name]) == 1
 
 
 @pytest.mark.gpu

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from attnreg.masks.extent import batched
+from attnreg.masks.padded_rows import padded_rows, places
 from attnreg.masks.predicates import Chunked, Documents, Prefix
 
 if TYPE_CHECKING:
@@ -90,7 +92,9 @@ class Unpadded:
             unwritten = torch.arange(output.shape[0], device=output.device) >= self.cu_seqlens_q[-1]
             output = output.masked_fill(unwritten.reshape(-1, *(1,) * (output.dim() - 1)), 0.0)
         flat = output.new_zeros((self.batch_size * self.q_length, *output.shape[1:]))
-        return flat.index_copy(0, self.indices_q, output).reshape(rows)
+        if batched(output):  # torch has no rule for copying into what stands for many
+            return flat.index_copy(0, self.indices_q, output).reshape(rows)
+        return flat.index_copy_(0, self.indices_q, output).reshape(rows)
 
     def dense(self) -> torch.Tensor:
         """Spell out which keys a kernel that reads this lets each query see: bool `(batch_size, 1, q, kv)`."""
@@ -142,7 +146,7 @@ class Found:
 
 
 def unpadded(structure: Structure, extent: Extent) -> Found:
-    """Find the sequences of a batch, waiting for the device once.
+    """Find the sequences of a batch, waiting for the device once; twice for holes in a part of a row.
 
     Args:
         structure: band, padding, prefixes, documents and chunks, and nothing else.
@@ -153,6 +157,8 @@ def unpadded(structure: Structure, extent: Extent) -> Found:
         another one has begun; and whether a query is at no key's position. With holes, and causality or a window,
         queries that are padding are left out.
     """
+    if (found := _in_rows(structure, extent)) is not None:
+        return found
     tables = _Tables.of(structure, extent)
     lengths_k, lengths_q = tables.lengths_k, tables.lengths_q
     total = extent.batch_size * extent.kv_length
@@ -176,6 +182,31 @@ def unpadded(structure: Structure, extent: Extent) -> Found:
         indices_k=None if all_k else _indices(tables.visible, total_k),
     )
     return Found(mask=mask, holes=bool(holes), recurring=bool(recurring), outside=bool(outside))
+
+
+def _in_rows(structure: Structure, extent: Extent) -> Found | None:
+    """Find the sequences where nothing but padding makes them, the shorter way; None is the longer one."""
+    if structure.padding is None or structure.terms or not (extent.known and (extent.aligned or not structure.banded)):
+        return None
+    real = structure.padding.real[:, extent.kv_offset : extent.kv_end].expand(extent.batch_size, -1)
+    if (rows := padded_rows(real, extent.q_length, banded=structure.banded)) is None:
+        return None
+    mask = Unpadded(
+        batch_size=extent.batch_size,
+        q_length=extent.q_length,
+        kv_length=extent.kv_length,
+        is_causal=structure.is_causal,
+        left=structure.left,
+        right=structure.right,
+        padding=None if rows.indices_k is None else real,
+        cu_seqlens_q=rows.cu_seqlens_q,
+        cu_seqlens_k=rows.cu_seqlens_k,
+        max_seqlen_q=rows.max_seqlen_q,
+        max_seqlen_k=rows.max_seqlen_k,
+        indices_q=rows.indices_q,
+        indices_k=rows.indices_k,
+    )
+    return Found(mask=mask, holes=rows.holes, recurring=False, outside=False)
 
 
 def bounded(structure: Structure, extent: Extent) -> Unpadded:
@@ -308,11 +339,8 @@ def _cumulated(lengths: torch.Tensor, runs: int) -> torch.Tensor:
 
 
 def _indices(which: torch.Tensor, count: int) -> torch.Tensor:
-    """Return where *which* is True, knowing already how often: unlike `nonzero` that waits for nothing."""
     flat = which.flatten()
-    place = torch.where(flat, flat.cumsum(0) - 1, count)
-    result = torch.empty(count + 1, dtype=torch.long, device=flat.device)
-    return result.scatter_(0, place, torch.arange(len(flat), device=flat.device))[:count]
+    return places(flat, flat.cumsum(0), count)
 
 
 def _order(which: torch.Tensor) -> torch.Tensor:
