@@ -13,6 +13,7 @@ import torch
 from transformers import masking_utils
 
 from attnreg.errors import InvalidInputError
+from attnreg.integrations.recording import recorded
 from attnreg.masks import (
     And,
     Bidirectional,
@@ -52,15 +53,20 @@ _CLOSURES: Final[dict[str, Callable[[dict[str, Any]], MaskFunction]]] = {
 """What made a closure → how to make the predicate of what it holds."""
 
 
-def read(function: MaskFunction) -> MaskFunction:
+def read(function: MaskFunction, *, own: bool = False) -> MaskFunction:
     """Return the predicate that *function* is, or *function* itself if it is none that is known.
 
-    In a compiled forward pass closures cannot be looked into, so there they stay functions.
+    Args:
+        function: a mask function.
+        own: nobody but transformers has had a hand in it. In a trace, where closures cannot be looked into, such a
+            function is read by what it computes; others stay functions.
     """
-    if isinstance(function, Predicate) or torch.compiler.is_compiling():
-        return function if isinstance(function, Predicate) else _FUNCTIONS.get(function, function)
+    if isinstance(function, Predicate):
+        return function
     if (known := _FUNCTIONS.get(function)) is not None:
         return known
+    if torch.compiler.is_compiling():
+        return (recorded(function) or function) if own else function
     maker, held = _held(function)
     if maker not in _CLOSURES:
         return function

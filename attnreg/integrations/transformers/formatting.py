@@ -42,10 +42,35 @@ def formatted_for_transformers(mask: Callable[..., Any]) -> Callable[..., Any]:
             return attention_mask
         if attention_mask is not None and attention_mask.dim() == _PADDING and "kv_length" in kwargs:
             attention_mask = attention_mask[:, : kwargs.get("kv_offset", 0) + kwargs["kv_length"]]
-        made = mask(*args, mask_function=read(mask_function), attention_mask=attention_mask, **kwargs)
+        # transformers says `use_vmap` where a model or a user has added a function.
+        function = read(mask_function, own=kwargs.get("use_vmap") is False)
+        if torch.compiler.is_compiling() and _wants_values(mask, function, attention_mask):
+            made = _outside_the_graph(mask, mask_function, args, {"attention_mask": attention_mask, **kwargs})
+        else:
+            made = mask(*args, mask_function=function, attention_mask=attention_mask, **kwargs)
         return made if made is None or config is None else _as_models_read_it(made, config, kwargs.get("dtype"))
 
     return formatted
+
+
+def _wants_values(mask: Callable[..., Any], function: Any, attention_mask: Any) -> bool:
+    """Whether a formatter of sequences would have to look into tensors to find them, which a trace cannot."""
+    if "Unpadded" not in getattr(mask, "takes", ()):
+        return False
+    structures = getattr(function, "structures", None)
+    if structures is None or not structures <= {"causal", "bidirectional", "sliding_window", "padding"}:
+        return True
+    return "sliding_window" in structures and attention_mask is not None
+
+
+@torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+    reason="attnreg makes this mask outside of the graph, because it has to look at values: there are documents, "
+    "chunks, a window over padding, or a function of the model's own in it. With fullgraph=True: where nothing is "
+    "packed, pass attention_mask=torch.ones_like(input_ids) or a cache; else choose a backend with dense masks, such "
+    "as sdpa"
+)
+def _outside_the_graph(mask: Callable[..., Any], function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    return mask(*args, mask_function=read(function), **kwargs)
 
 
 def called_by_transformers(backend: Backend) -> Callable[..., Any]:
