@@ -11,7 +11,7 @@ import torch
 from attnreg import InvalidInputError, compat
 from attnreg.compat import flash, pages
 from attnreg_flash4 import KERNEL
-from attnreg_flash4.graph import ROWS, SEQUENCES, over_pages, refusals
+from attnreg_flash4.graph import ROWS, SEQUENCES, Refusals, over_pages
 from attnreg_flash4.splitting import Parts, in_parts
 
 if TYPE_CHECKING:
@@ -231,10 +231,11 @@ def _computed(call: flash.Call, options: _Options) -> tuple[torch.Tensor, Any]:
         "deterministic": deterministic,
         "return_lse": lse,
     }
-    if not call.in_rows:
-        keywords |= dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), lengths, strict=True))
     package = KERNEL.load()
-    run = package.flash_attn_func if call.in_rows else package.flash_attn_varlen_func
-    with refusals(call.query, call.value):
-        output, found_lse = run(*call.tensors, **keywords)
+    with Refusals(call.query, call.value):
+        if call.in_rows:
+            output, found_lse = package.flash_attn_func(*call.tensors, **keywords)
+        else:
+            named = dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), lengths, strict=True))
+            output, found_lse = package.flash_attn_varlen_func(*call.tensors, **named, **keywords)
     return output, found_lse

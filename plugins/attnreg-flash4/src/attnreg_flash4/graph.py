@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -11,8 +10,6 @@ from attnreg import Reason, UnsupportedError, compat
 from attnreg_flash4 import KERNEL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from attnreg.compat import pages
 
     Tensors = tuple[torch.Tensor, ...]
@@ -26,16 +23,29 @@ _OPTIONS: Final = (
 )
 
 
-@contextmanager
-def refusals(query: torch.Tensor, value: torch.Tensor) -> Iterator[None]:
-    """Turn how the package says that it has no program for a call into a refusal with that reason."""
-    try:
-        yield
-    except (AssertionError, NotImplementedError) as error:
-        fix = "Choose another backend, such as sdpa."
-        wanted = f"query {tuple(query.shape)} and value {tuple(value.shape)} in {query.dtype}"
-        reason = Reason("kernel", wanted, f"flash-attn-4 {KERNEL.version()} says: {error}", fix)
-        raise UnsupportedError("flash_attention_4", [reason]) from error
+class Refusals:
+    """Turns how the package says that it has no program for a call into a refusal with that reason.
+
+    A class, since a generator takes as long to enter and leave as all checks of a call.
+    """
+
+    __slots__ = ("_query", "_value")
+
+    def __init__(self, query: torch.Tensor, value: torch.Tensor) -> None:
+        self._query = query
+        self._value = value
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Raise the refusal, if it is one."""
+        if isinstance(error, AssertionError | NotImplementedError):
+            fix = "Choose another backend, such as sdpa."
+            query, value = self._query, self._value
+            wanted = f"query {tuple(query.shape)} and value {tuple(value.shape)} in {query.dtype}"
+            reason = Reason("kernel", wanted, f"flash-attn-4 {KERNEL.version()} says: {error}", fix)
+            raise UnsupportedError("flash_attention_4", [reason]) from error
 
 
 def _rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any) -> Tensors:
@@ -50,7 +60,7 @@ def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: tuple[Any, ...], lengths: dict[str, Any]
 ) -> Tensors:
     sinks, scale, causal, left, right, softcap, num_splits, _ = options
-    with refusals(query, value):
+    with Refusals(query, value):
         output, lse, *_ = KERNEL.load()._flash_attn_fwd(  # noqa: SLF001 - what its autograd function calls
             query,
             key,
@@ -123,7 +133,7 @@ def _pages(
     softcap: float,
     num_splits: int,
 ) -> Tensors:
-    with refusals(query, value):
+    with Refusals(query, value):
         output, lse = KERNEL.load().flash_attn_varlen_func(
             query,
             key,
