@@ -17,6 +17,7 @@ from transformers import (
     BloomConfig,
     BloomModel,
     CLIPVisionConfig,
+    ContinuousBatchingConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -46,6 +47,7 @@ def state() -> tuple[dict[str, object], ...]:
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing():
+    bridge.disable()  # aliases that others have left
     before = state()
     yield
     while bridge.selection.depth:
@@ -300,3 +302,12 @@ def test_threads() -> None:
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(work, range(24))) == {"attnreg:SDPA_MATH"}
     assert state() == before
+
+
+def test_continuous_batching() -> None:
+    """Transformers admits no name to it but its own: an alias is refused, and not run as something else."""
+    bridge.enable("sdpa")
+    model = llama(attn_implementation="attnreg:sdpa")
+    stays = ContinuousBatchingConfig(auto_switch_to_flash=False)  # or else it is, where FlashAttention is installed
+    with pytest.raises(ValueError, match="Implementation attnreg:SDPA is not supported for continuous batching"):
+        model.generate_batch(inputs=[[3, 4, 5]], continuous_batching_config=stays)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -219,3 +220,25 @@ def test_a_tower_without_masks_on_a_backend_that_reads_no_flag() -> None:
     got = run(known.single, known.inputs, bridge.alias("mine"))
     assert (got - known.expected).abs().max() < 2e-5
     assert all(mask is not None and mask.dtype is torch.bool for mask in seen)
+
+
+def rows_of_the_table() -> list[str]:
+    """Write the table of docs/transformers.md: families that fare alike in a row, and what keeps a backend from them."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, family in FAMILIES.items():
+        fares = []
+        for backend in (*map(attnreg.get, ("eager", "sdpa")), *map(on_the_cpu, ("xformers", *sorted(HALF)))):
+            dtype = torch.float16 if backend.name in HALF else torch.float32
+            codes = {each.code for each in reasons(backend.supports, request_of(family, dtype))}
+            if family.tensors and backend.supports.structures is not None:
+                codes = {"mask"}
+            fares.append(", ".join(sorted(codes)) or "yes")
+        alike.setdefault(tuple(fares), []).append(name)
+    return [f"| {', '.join(names)} | {' | '.join(fares)} |" for fares, names in alike.items()]
+
+
+def test_the_table_in_the_documentation() -> None:
+    """The page's table is what the tests above prove."""
+    page = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text()
+    for row in rows_of_the_table():
+        assert row in page, row
