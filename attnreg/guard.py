@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, cas
 
 from attnreg.capabilities import Capabilities, Request, reasons
 from attnreg.errors import InvalidInputError, UnsupportedError
-from attnreg.keywords import COUNTS_AS_ZERO, FOREIGN, IN_THE_MASK, KEYWORDS
+from attnreg.keywords import FOREIGN, IN_THE_MASK, KEYWORDS, means_something
 from attnreg.lazy import LazyMask
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ _KEYWORDS_OF: Final = {
 
 _NAMED: Final = frozenset({"cache", "block_table", "cache_seqlens"})
 """Keywords that a function must name to honour: a capability of pages is about one form of them."""
+
+_FLAGS: Final = ("backward", "is_causal")
+"""The one group of features of which no keyword says anything."""
 
 _SINGLE: Final = 4
 """Bytes of a float32, which autocast replaces."""
@@ -55,7 +58,10 @@ _LIMITS: Final[tuple[tuple[Callable[[Capabilities], bool], Check], ...]] = (
     (lambda can: not can.is_causal, lambda _, call: _wants_flag(call)),
     (
         lambda can: bool(can.exclusive),
-        lambda can, call: any(all(_asks_for(feature, call) for feature in group) for group in can.exclusive),
+        lambda can, call: (
+            (_asks_for_any(call.kwargs) or _FLAGS in can.exclusive)
+            and any(all(_asks_for(feature, call) for feature in group) for group in can.exclusive)
+        ),
     ),
 )
 """For each limit: whether a backend declares it, and whether a call may exceed it. `reasons` has the last word."""
@@ -188,7 +194,7 @@ class Guarded(ByName):
             elif keyword in self._unread and asked is not None:
                 wanted = f"{' and '.join(sorted(_NAMED - self._unread))}, which {self._name} reads"
                 raise InvalidInputError(f"the keyword {keyword!r}", "another form of pages", wanted)
-            elif keyword in self._foreign and _means_something(keyword, asked):
+            elif keyword in self._foreign and means_something(keyword, asked):
                 raise InvalidInputError(f"the keyword {keyword!r}", "not one of attnreg's", FOREIGN[keyword])
         call = _Call(module, query, key, value, attention_mask, {**known, **rest} if rest else known)
         for exceeds in rules.limits:
@@ -253,15 +259,6 @@ def _call_method(guarded: Guarded, formatter: Callable[..., Any] | None) -> Call
     return method
 
 
-def _means_something(keyword: str, value: Any) -> bool:
-    """Whether another library's keyword asks for anything: `causal=False` does, where causality is the default."""
-    if value is None:
-        return False
-    if isinstance(value, tuple | list):
-        return any(each not in (-1, None) for each in value)
-    return keyword in COUNTS_AS_ZERO or not (isinstance(value, int | float) and value == 0)
-
-
 def _whole(default: Any) -> Any:
     """Return 0 for 0.0: with dynamic shapes, torch.compile makes a symbol of a float that is a default."""
     return int(default) if isinstance(default, float) and default.is_integer() else default
@@ -291,6 +288,14 @@ def _cast(dtypes: frozenset[str], query: Any, key: Any, value: Any) -> tuple[Any
     return query, key, value
 
 
+def _asks_for_any(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a keyword with a meaning is given; most calls give none, and finding that out must cost little."""
+    for keyword, value in kwargs.items():  # a loop, which costs half of what any() of a generator does
+        if value is not None and keyword in KEYWORDS and not (isinstance(value, int | float) and not value):
+            return True
+    return False
+
+
 def _asks_for(feature: str, call: _Call) -> bool:
     """Whether the call asks for a feature; the cheapest answer, which is no, comes first."""
     if feature == "backward":
@@ -298,22 +303,17 @@ def _asks_for(feature: str, call: _Call) -> bool:
     if feature == "is_causal":
         return _wants_flag(call)
     feature = "position_bias" if feature == "alibi" else feature  # whether it is, the last word has
-    return any(
-        _is_asked(keyword, value, call.query, call.key, call.attention_mask)
-        for keyword in _KEYWORDS_OF.get(feature, ())
-        if (value := call.kwargs.get(keyword)) is not None
-    )
+    given = ((keyword, call.kwargs.get(keyword)) for keyword in _KEYWORDS_OF.get(feature, ()))
+    return any(_is_asked(keyword, value, call.query, call.key, call.attention_mask) for keyword, value in given)
 
 
 def _able(request: Request, name: str) -> tuple[str, ...]:
     """Name backends that can; not in a trace, which must not look into the registry."""
     import torch
 
-    if torch.compiler.is_compiling():
-        return ()
     from attnreg.selection import able
 
-    return able(request, besides=name)
+    return () if torch.compiler.is_compiling() else able(request, besides=name)
 
 
 def _wants_flag(call: _Call) -> bool:

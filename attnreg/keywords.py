@@ -5,7 +5,7 @@ Models pass many more (`use_cache`, `position_ids`, …); those change nothing a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,3 +86,12 @@ COUNTS_AS_ZERO: Final = frozenset({"causal", "scale", "softmax_scale", "sm_scale
 
 IN_THE_MASK: Final = frozenset({"sliding_window", "packing"})
 """A mask that is a tensor is complete: with one at hand, these keywords repeat what it already says."""
+
+
+def means_something(keyword: str, value: Any) -> bool:
+    """Whether another library's keyword asks for anything: `causal=False` does, where causality is the default."""
+    if value is None:
+        return False
+    if isinstance(value, tuple | list):
+        return any(each not in (-1, None) for each in value)
+    return keyword in COUNTS_AS_ZERO or not (isinstance(value, int | float) and value == 0)

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
     BloomConfig,
     BloomForCausalLM,
     CLIPVisionConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MoonshineConfig,
+    MoonshineModel,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.phi4_multimodal import Phi4MultimodalVisionConfig, Phi4MultimodalVisionModel
 
 import attnreg
 from attnreg import AttentionInterface, BridgeError, InvalidInputError, UnknownPartError, UnsupportedPartError
@@ -305,14 +316,14 @@ def test_models_that_compute_attention_themselves() -> None:
     """A model whose layers never look a function up is refused by name, alone and inside of another."""
     bloom = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=99))
     with pytest.raises(
-        BridgeError, match="the model, a BloomForCausalLM, computes attention itself, so no name reaches"
+        BridgeError, match="transformer.h.0.self_attention, a BloomAttention, computes attention itself, so no name"
     ):
         attnreg.set_attn_implementation(bloom, "sdpa")
     with pytest.raises(InvalidInputError, match="of type BloomForCausalLM, without attention whose backend can"):
         attnreg.set_attn_implementation(bloom, {"transformer.h.0": "sdpa"})
     both = torch.nn.ModuleDict({"bloom": bloom, "llama": llama()})
     with pytest.raises(
-        BridgeError, match="bloom, a BloomForCausalLM, computes attention itself, so no name reaches it"
+        BridgeError, match="bloom.transformer.h.0.self_attention, a BloomAttention, computes attention itself"
     ):
         attnreg.set_attn_implementation(both, "sdpa")
     assert attnreg.get_attn_implementation(both) == "transformers:sdpa"
@@ -396,3 +407,162 @@ def test_a_user_backend_by_layer() -> None:
         assert seen_by == [(2, 2.0)]
     finally:
         AttentionInterface.unregister("hot")
+
+
+def test_a_module_that_looks_for_none_in_place_of_a_mask() -> None:
+    """Moonshine's modules are causal only where they are handed no mask; a mixture hands them one, and stays causal."""
+    torch.manual_seed(0)
+    sizes = {
+        f"{side}_{what}": n
+        for side in ("encoder", "decoder")
+        for what, n in (("num_hidden_layers", 2), ("num_attention_heads", 4))
+    }
+    config = MoonshineConfig(vocab_size=99, hidden_size=32, intermediate_size=48, **sizes)
+    model: Any = MoonshineModel(config).eval()
+    sound, tokens = torch.randn(2, 2000), torch.randint(3, 90, (2, 7))
+
+    def run():
+        with torch.no_grad():
+            return model(input_values=sound, decoder_input_ids=tokens).last_hidden_state
+
+    model.set_attn_implementation("eager")
+    expected = run()
+    for way in (
+        "sdpa",
+        {"decoder.layers.0.self_attn": "sdpa", "": "eager"},
+        {"decoder": "transformers:sdpa", "": "eager"},
+    ):
+        attnreg.set_attn_implementation(model, way)
+        assert (run() - expected).abs().max() < 1e-5
+
+
+def test_transformers_own_is_judged_by_its_models() -> None:
+    """gpt-oss says that transformers' sdpa would drop its sinks, so that is refused here as it is there."""
+    config = GptOssConfig(**SIZES, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+    model: Any = GptOssForCausalLM(config).eval()
+    for way in ("transformers:sdpa", {"model.layers.0": "transformers:sdpa", "": "eager"}):
+        with pytest.raises(
+            BridgeError, match=r"says _supports_sdpa=False, so its own 'sdpa' would leave something out"
+        ):
+            attnreg.set_attn_implementation(model, way)
+    attnreg.set_attn_implementation(model, "sdpa")
+    assert model.config._attn_implementation == "attnreg:SDPA"
+
+
+def test_a_tower_whose_modules_say_that_they_are_causal() -> None:
+    """Phi-4's vision tower hides nothing, and its modules say that they are causal: eager's numbers all the same."""
+    torch.manual_seed(0)
+    config = Phi4MultimodalVisionConfig(**VISION)
+    model: Any = Phi4MultimodalVisionModel(config).eval()
+    pixels, real = torch.randn(2, 3, 16, 16), torch.ones(2, 2, 2, dtype=torch.bool)
+
+    def run():
+        with torch.no_grad():
+            return model(pixel_values=pixels, patch_attention_mask=real).last_hidden_state
+
+    attnreg.set_attn_implementation(model, "transformers:eager")
+    expected = run()
+    for way in ("sdpa", "sdpa_math", {"encoder.layers.0": "transformers:eager", "": "sdpa"}):
+        attnreg.set_attn_implementation(model, way)
+        assert (run() - expected).abs().max() < 1e-4
+
+
+def test_a_subclass_of_a_module() -> None:
+    """A user's attention that computes by hand is no part; one that goes on to the model's own is."""
+
+    class ByHand(LlamaAttention):
+        def forward(self, hidden_states, **_: Any):
+            return hidden_states, None
+
+    class GoesOn(LlamaAttention):
+        def forward(self, *args: Any, **kwargs: Any):
+            return super().forward(*args, **kwargs)
+
+    model = llama()
+    expected = logits(model)
+    weights = model.model.layers[1].self_attn.state_dict()
+    model.model.layers[0].self_attn, model.model.layers[1].self_attn = ByHand(model.config, 0), GoesOn(model.config, 1)
+    model.model.layers[1].self_attn.load_state_dict(weights)
+    assert [part.path for part in HOST.parts(model)] == ["model.layers.1.self_attn", "model.layers.2.self_attn"]
+    attnreg.set_attn_implementation(model, {"model.layers.1": "transformers:eager", "": "sdpa"})
+    assert logits(model).shape == expected.shape
+
+
+def test_a_failed_change_leaves_transformers_alone() -> None:
+    """What one part refuses registers nothing for the others."""
+    before = _global_names()
+    with pytest.raises(BridgeError):
+        attnreg.set_attn_implementation(llama(), {"": "eager", "model.layers.0": "transformers:flash_attention_2"})
+    assert _global_names() == before
+
+
+def test_another_process_runs_what_was_saved(tmp_path) -> None:
+    """A model saved whole runs in a process that has heard nothing of attnreg, on what it was set to."""
+    model = llama()
+    for way in ("sdpa", {"model.layers.0": "eager", "": "sdpa"}):
+        attnreg.set_attn_implementation(model, way)
+        torch.save({"model": model, "logits": logits(model)}, tmp_path / "model.pt")
+        code = (
+            "import sys, torch; sys.path.insert(0, sys.argv[2]); saved = torch.load(sys.argv[1], weights_only=False)\n"
+            "from test_models_transformers import left_padded\n"
+            "ids, real = left_padded()\n"
+            "got = saved['model'](input_ids=ids, attention_mask=real).logits[real.bool()]\n"
+            "assert torch.equal(got, saved['logits'])"
+        )
+        paths = [str(tmp_path / "model.pt"), str(Path(__file__).parent)]
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code, *paths], check=True)
+
+
+def test_a_name_that_means_something_else_now() -> None:
+    """After a name is registered anew, layers call what it means now, alone and in a mixture."""
+    calls = []
+
+    def make(number: int):
+        def attention(module, query, key, value, attention_mask, **kwargs):
+            calls.append(number)
+            return attnreg.get("sdpa").call(module, query, key, value, attention_mask, **kwargs)
+
+        return attention
+
+    supports = attnreg.Capabilities(is_causal=True)
+    try:
+        model = llama()
+        for way in ("mine", {"model.layers.0": "mine", "": "eager"}):
+            calls.clear()
+            for number in (1, 2):
+                AttentionInterface.register(
+                    "mine", make(number), mask=attnreg.masks.sdpa_mask, supports=supports, replace=True
+                )
+                if number == 1:
+                    attnreg.set_attn_implementation(model, way)
+                logits(model)
+            assert calls == ([1] * 3 + [2] * 3 if way == "mine" else [1, 2])
+    finally:
+        AttentionInterface.unregister("mine")
+
+
+def test_norms_in_another_dtype() -> None:
+    """Projections tell the dtype of a part; a norm in float32 before them does not."""
+
+    class Normed(LlamaAttention):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.q_norm = torch.nn.LayerNorm(8, dtype=torch.float32)
+
+    model = llama().bfloat16()
+    model.model.layers[0].self_attn = Normed(model.config, 0).bfloat16()
+    model.model.layers[0].self_attn.q_norm.float()
+    assert {part.needs.dtype for part in HOST.parts(model)} == {"bfloat16"}
+    model.model.layers[1].self_attn.q_proj.float()
+    assert [part.needs.dtype for part in HOST.parts(model)] == ["bfloat16", None, "bfloat16"]
+
+
+def test_a_copied_sub_configuration() -> None:
+    """Blip-2's T5 copies its configuration for each side; the key of the sub-configuration means both."""
+    text = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=99)
+    qformer = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = Blip2Config(vision_config=VISION, qformer_config=qformer, text_config=text.to_dict(), num_query_tokens=2)
+    model: Any = Blip2ForConditionalGeneration(config)
+    assert {part.config for part in HOST.parts(model)} >= {"text_config"}
+    attnreg.set_attn_implementation(model, {"text_config": "eager", "vision_config": "sdpa"})
+    assert model.language_model.encoder.config._attn_implementation == "attnreg:EAGER"

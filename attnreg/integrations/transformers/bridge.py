@@ -60,15 +60,20 @@ class Bridge:
         """
         key = spelled(backend.name)
         with self.registry.lock:
-            if self.names.get(key, backend.name) != backend.name:
-                problem = f"{backend.name!r} and {self.names[key]!r} would both be {key!r}"
-                raise BridgeError("transformers", problem, "Rename one, so that they differ in more than case.")
+            self.check(backend)
             self.names[key] = backend.name
             formatter = formatted_for_transformers(backend.format)
             AttentionMaskInterface.register(key, formatter)
             AttentionInterface.register(key, called_by_transformers(backend))
             formatters.adopt(key, formatter)
         return key
+
+    def check(self, backend: Backend) -> None:
+        """Raise `BridgeError` if `add` would."""
+        key = spelled(backend.name)
+        if self.names.get(key, backend.name) != backend.name:
+            problem = f"{backend.name!r} and {self.names[key]!r} would both be {key!r}"
+            raise BridgeError("transformers", problem, "Rename one, so that they differ in more than case.")
 
     def clear(self) -> None:
         """Take every alias out of transformers."""

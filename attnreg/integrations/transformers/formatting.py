@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
@@ -38,6 +40,8 @@ def formatted_for_transformers(mask: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         if (config := kwargs.get("config")) is not None and not _vouches(type(config)):
             kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        elif config is not None and _says_causal(type(config)):
+            kwargs["allow_is_bidirectional_skip"] = False
         if isinstance(attention_mask, LazyMask | Unpadded):  # made ahead of the forward pass, as `generate` does
             return attention_mask
         if attention_mask is not None and attention_mask.dim() == _PADDING and "kv_length" in kwargs:
@@ -48,9 +52,16 @@ def formatted_for_transformers(mask: Callable[..., Any]) -> Callable[..., Any]:
             made = _outside_the_graph(mask, mask_function, args, {"attention_mask": attention_mask, **kwargs})
         else:
             made = mask(*args, mask_function=function, attention_mask=attention_mask, **kwargs)
+        if isinstance(made, BlockMask) and not torch.compiler.is_compiling():
+            # `generate` asks every mask for this that it makes ahead of a forward pass.
+            vars(made)["contiguous"] = functools.partial(_itself, weakref.ref(made))
         return made if made is None or config is None else _as_models_read_it(made, config, kwargs.get("dtype"))
 
     return formatted
+
+
+def _itself(made: Callable[[], Any]) -> Any:
+    return made()
 
 
 def _wants_values(mask: Callable[..., Any], function: Any, attention_mask: Any) -> bool:
@@ -111,7 +122,7 @@ def _as_models_read_it(made: Any, config: PreTrainedConfig, dtype: torch.dtype |
         BridgeError: the models compute with masks that are tensors, and this one is none.
     """
     if not isinstance(made, torch.Tensor):
-        if _computes_with_masks(config):
+        if computes_with_masks(config):
             kinds = f"{type(config).__name__} compute with their masks, and {type(made).__name__} is no tensor"
             remedy = "Choose a backend whose masks are tensors, such as sdpa or eager."
             raise BridgeError("transformers", f"the models of {kinds}", remedy)
@@ -121,7 +132,7 @@ def _as_models_read_it(made: Any, config: PreTrainedConfig, dtype: torch.dtype |
     return made
 
 
-def _computes_with_masks(config: PreTrainedConfig) -> bool:
+def computes_with_masks(config: PreTrainedConfig) -> bool:
     """Whether layers cut their masks (keys and values shared among layers), or choose keys by them (an indexer)."""
     sliced = getattr(config, "num_kv_shared_layers", 0)
     return bool(sliced) or hasattr(config, "index_topk") or config.model_type in _COMPUTE_WITH_MASKS
@@ -163,5 +174,23 @@ def _module_vouches(module: ModuleType, config_class: type) -> bool:
 _COMPUTE_WITH_MASKS: Final = frozenset({"doge"})
 """Types of models that compute with their masks and show it by no attribute of their configuration."""
 
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _says_causal(config_class: type) -> bool:
+    """Whether models of *config_class* have bidirectional masks, and modules that say that they are causal.
+
+    Such a module, handed None in place of a mask that hides nothing, would hide what is behind each query.
+    """
+    if config_class not in _CAUSAL:
+        module = sys.modules.get(config_class.__module__.replace("configuration_", "modeling_"))
+        try:
+            source = "" if module is None else inspect.getsource(module)
+        except (OSError, TypeError):
+            source = ""
+        _CAUSAL[config_class] = "create_bidirectional" in source and "self.is_causal = True" in source
+    return _CAUSAL[config_class]
+
+
+_CAUSAL: dict[type, bool] = {}
 _VOUCHED: dict[type, bool] = {}
 _PADDING = 2

@@ -40,11 +40,14 @@ def needs_of(module: torch.nn.Module, config: Any) -> Request:
 
 
 def _where(module: torch.nn.Module) -> dict[str, Any]:
-    floating = (each for each in module.parameters() if each.is_floating_point())
-    parameter = next(floating, None)
-    if parameter is None or parameter.is_meta:
-        return {}
-    return {"device": parameter.device.type, "dtype": str(dtype_of(parameter))}
+    """Return device and dtype, where the weights of the projections agree; norms may be kept in another dtype."""
+    weights = [each for each in module.parameters() if each.is_floating_point() and each.dim() > 1 and not each.is_meta]
+    found: dict[str, Any] = {}
+    if len(devices := {each.device.type for each in weights}) == 1:
+        found["device"] = devices.pop()
+    if len(dtypes := {dtype_of(each) for each in weights}) == 1 and (dtype := dtypes.pop()).itemsize > 1:
+        found["dtype"] = str(dtype)
+    return found
 
 
 def _first(owner: Any, names: tuple[str, ...]) -> int | None:
