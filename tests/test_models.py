@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 import attnreg
 from attnreg import (
     AttentionInterface,
+    BridgeError,
     Capabilities,
     InvalidInputError,
+    InvalidNameError,
     UnknownBackendError,
     UnknownPartError,
     UnsupportedError,
@@ -191,6 +193,13 @@ def test_what_is_set_can_be_seen(model) -> None:
         ({"decoder": "loopback", "decoder.1.*": "sdpa"}, "eager loopback sdpa"),
         ({"encoder.0": "sdpa"}, "sdpa eager eager"),
         ({"[de]*coder.?": "sdpa"}, "sdpa sdpa sdpa"),
+        ({"encoder": "loopback", "*r.0": "sdpa"}, "sdpa sdpa eager"),
+        ({"decoder": "loopback", "*.attn": "sdpa"}, "eager sdpa sdpa"),
+        ({"decoder.1": "loopback", "*coder": "sdpa"}, "sdpa sdpa loopback"),
+        ({"decoder": "loopback", "*coder": "sdpa"}, "sdpa loopback loopback"),
+        ({"decoder.0.attn": "loopback", "**": "sdpa"}, "sdpa loopback sdpa"),
+        ({"encoder": {"0": "sdpa"}, "encoder.0": "sdpa", "": {"encoder": {"0": "sdpa"}}}, "sdpa eager eager"),
+        ({"encoder": {}, "": {"": {}}, "decoder": {"0": "sdpa", "1": {}}}, "eager sdpa eager"),
         ({}, "eager eager eager"),
     ],
     ids=str,
@@ -200,6 +209,45 @@ def test_which_key_counts(model, way, expected) -> None:
     attnreg.set_attn_implementation(model, way)
     parts = (model.encoder[0], model.decoder[0].attn, model.decoder[1].attn)
     assert " ".join(part.attn_implementation for part in parts) == expected
+
+
+def test_paths_that_look_like_patterns() -> None:
+    """A key that is the path of a module is that path, whatever its letters; what is seen can be given back."""
+    layers = torch.nn.ModuleDict({name: Attention(32, 4, "eager") for name in ("a[0]", "a0", "b*", "bc")})
+    attnreg.set_attn_implementation(layers, {"a[0]": "sdpa", "b*": "loopback"})
+    seen = attnreg.get_attn_implementation(layers)
+    assert seen == {"a[0]": "sdpa", "a0": "eager", "b*": "loopback", "bc": "eager"}
+    attnreg.set_attn_implementation(layers, "auto")
+    attnreg.set_attn_implementation(layers, seen)
+    assert attnreg.get_attn_implementation(layers) == seen
+    attnreg.set_attn_implementation(layers, {"a[01]": "sdpa"})
+    assert layers["a0"].attn_implementation == "sdpa"
+
+
+def test_a_part_that_is_the_model() -> None:
+    """A model that is itself the only part is meant by a pattern that fits everything, and by `""`."""
+    layer = Attention(32, 4, "eager")
+    for key, name in (("*", "sdpa"), ("", "loopback"), ("**", "auto")):
+        attnreg.set_attn_implementation(layer, {key: name})
+        assert attnreg.get_attn_implementation(layer) == name
+    with pytest.raises(UnknownPartError, match=r"'\?' names no part of the model"):
+        attnreg.set_attn_implementation(layer, {"?": "sdpa"})
+
+
+def test_a_module_in_two_places() -> None:
+    """A module that a model has twice goes by either path, and by what lies around either."""
+    shared = Attention(32, 4, "eager")
+    model = torch.nn.ModuleDict({"first": shared, "second": torch.nn.ModuleList([shared, Attention(32, 4, "eager")])})
+    for key in ("first", "second.0", "second", "second.?"):
+        attnreg.set_attn_implementation(model, "eager")
+        attnreg.set_attn_implementation(model, {key: "sdpa"})
+        assert shared.attn_implementation == "sdpa"
+    with pytest.raises(
+        InvalidInputError, match="the implementation of 'first' is 'sdpa' by 'f.*' and 'eager' by 's.*'"
+    ):
+        attnreg.set_attn_implementation(model, {"f*": "sdpa", "s*": "eager"})
+    with pytest.raises(UnknownPartError, match="keys of this model: first, second, second"):
+        attnreg.set_attn_implementation(model, {"third": "sdpa"})
 
 
 @pytest.mark.parametrize(
@@ -225,8 +273,22 @@ def test_which_key_counts(model, way, expected) -> None:
         ({1: "sdpa"}, InvalidInputError, "a key of attn_implementation is 1; wanted: the name of a part, as a string."),
         (None, InvalidInputError, "attn_implementation is of type NoneType; wanted: a backend's name, or a dictionary"),
         ({"encoder": {"0": 5}}, InvalidInputError, "attn_implementation['0'] is 5; wanted: a backend's name"),
+        ({"encodr": {}}, UnknownPartError, "'encodr' names no part of the model"),
+        ({"encoder": {"": {"nothing": {}}}}, UnknownPartError, "'encoder.nothing' names no part of the model"),
+        (
+            {"encoder.0": {"": "eager"}, "encoder": {"0": "sdpa"}},
+            InvalidInputError,
+            "attn_implementation['encoder.0'] is 'eager' and 'sdpa', by keys within keys; wanted: one of them.",
+        ),
+        ({"encoder": "attnreg:sdpa"}, InvalidNameError, "'attnreg:sdpa' is no backend name"),
+        (
+            "transformers:sdpa",
+            BridgeError,
+            "transformers: 'transformers:sdpa' is an implementation of its own, and 'encoder.0', a Attention, belongs to "
+            "attnreg. Name a backend for it, and this for the others, in a dictionary.",
+        ),
     ],
-    ids=range(10),
+    ids=range(15),
 )
 def test_mistakes_change_nothing(model, way, error, text) -> None:
     """A typo, a part that does not exist, a contradiction: an error that says what there is, and the model is as it was."""
@@ -297,6 +359,65 @@ def test_a_model_without_such_parts() -> None:
     with pytest.raises(InvalidInputError, match=r"model is of type int; wanted: a torch\.nn\.Module"):
         attnreg.set_attn_implementation(3, "sdpa")
     assert attnreg.get_attn_implementation(torch.nn.Linear(2, 2)) == {}
+    attnreg.set_attn_implementation(torch.nn.Linear(2, 2), {})
+    with pytest.raises(UnknownPartError, match="'typo' names no part of the model"):
+        attnreg.set_attn_implementation(torch.nn.Linear(2, 2), {"typo": {}})
+
+
+class Wrapper(torch.nn.Module):
+    """What hands on what its layer has, as adapters do."""
+
+    def __init__(self, base: torch.nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def __getattr__(self, name: str) -> Any:
+        """Ask the layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
+class Moody(torch.nn.Module):
+    """A module whose attributes raise something else than is usual."""
+
+    @property
+    def attn_implementation(self) -> str:
+        """Raise."""
+        raise RuntimeError("not yet")
+
+    def __getattr__(self, name: str) -> Any:
+        """Raise a `KeyError` for what a module of attnreg's has."""
+        if name in {"attention_needs", "bind_implementation"}:
+            raise KeyError(name)
+        return super().__getattr__(name)
+
+
+def test_it_is_the_class_that_is_asked() -> None:
+    """A wrapper that hands attributes on is no part beside its layer, and no attribute of a strange module is read."""
+    model = torch.nn.ModuleDict({"moody": Moody(), "wrapped": Wrapper(Attention(32, 4, "eager"))})
+    model["other"] = Attention(32, 4, "eager")
+    attnreg.set_attn_implementation(model, {"wrapped": "sdpa"})
+    assert attnreg.get_attn_implementation(model) == {"wrapped.base": "sdpa", "other": "eager"}
+
+
+def test_needs_of_quantised_layers() -> None:
+    """The dtype is that of the matrices of 16 bits and more, if they agree; a norm's and that of 8 bits say nothing."""
+    layer = nn.SelfAttention(32, 4, attn_implementation="eager")
+    layer.norm = torch.nn.LayerNorm(32, dtype=torch.float64)
+    layer.requires_grad_(requires_grad=False)
+    assert layer.attention_needs().dtype == "float32"
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        for each in layer.parameters():
+            each.data = each.data.to(dtype)
+        assert (layer.attention_needs().device, layer.attention_needs().dtype) == ("cpu", None)
+        attnreg.set_attn_implementation(layer, "sdpa")
+    layer.more = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
+    assert layer.attention_needs().dtype == "bfloat16"
+    layer.most = torch.nn.Linear(4, 4)
+    assert layer.attention_needs().dtype is None
+    assert layer.to("meta").attention_needs().device is None
 
 
 def test_causality_is_the_passs_own() -> None:
@@ -509,8 +630,12 @@ def test_load_model_takes_no_nonsense(tmp_path) -> None:
     wrong: Any = 3
     with pytest.raises(InvalidInputError, match="factory_or_id is of type int; wanted: a class or function"):
         attnreg.load_model(wrong)
-    with pytest.raises(InvalidInputError, match=r"the directory is one without config\.json and model_index\.json"):
+    with pytest.raises(InvalidInputError, match=r"the directory .* is one without config\.json and model_index\.json"):
         attnreg.load_model(tmp_path)
+    with pytest.raises(
+        InvalidInputError, match=r"factory_or_id is a Model, which is a model already; .* attnreg\.set_"
+    ):
+        attnreg.load_model(Model(), attn_implementation="sdpa")
 
 
 NAMES = st.sampled_from(["eager", "sdpa", "loopback", "auto"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from attnreg.errors import InvalidInputError, UnknownPartError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from attnreg.models.parts import Part
 
@@ -19,41 +19,73 @@ _What = tuple[int, int, bool]
 """How closely a key means a part: by nothing, configuration or path; how deep; and whether it spells the path out."""
 
 
-def chosen(parts: Iterable[Part], implementation: Any) -> dict[Part, str]:
+def chosen(parts: Mapping[Part, Sequence[str]], implementation: Any) -> dict[Part, str]:
     """Return the name that is asked for, for each part that is meant; the others are left out.
 
     Of several keys that mean a part, the one that means it most closely counts: a module's path before a
-    sub-configuration, the deeper before the shallower, a path spelled out before a pattern, and `""` last of all.
+    sub-configuration, the deeper before the shallower, a path spelled out before a pattern, and `""` last of all. A
+    pattern is as deep as what it fits: the outermost module around the part whose path it fits.
+
+    Args:
+        parts: the parts of a model, each with all of its paths: a module that is in several places has several.
+        implementation: a name, or a dictionary of names.
 
     Raises:
         InvalidInputError: neither a name nor a dictionary of names, or two keys that mean a part equally closely and
             disagree.
         UnknownPartError: a key that means no part.
     """
-    parts = list(parts)
     if isinstance(implementation, str):
         return dict.fromkeys(parts, implementation)
-    named = dict(flat(implementation))
+    asked = _asked(implementation)
+    starts = {
+        part: list(dict.fromkeys(start for path in paths for start in _starts(path))) for part, paths in parts.items()
+    }
+    patterns = {key for key in asked if _PATTERN & set(key)}.difference(*starts.values())
     found: dict[Part, str] = {}
-    met: set[str] = set()
+    met = {""}
     for part in parts:
-        meant = [(how, key) for key in named if (how := _means(key, part)) is not None]
-        met.update(key for _, key in meant)
-        if meant:
+        meant = {key: how for key in asked if (how := _means(key, part, starts[part], patterns)) is not None}
+        met.update(meant)
+        if named := {key: name for key in meant if (name := asked[key]) is not None}:
             found[part] = _closest(part, meant, named)
-    for key in named:
-        if key and key not in met:
-            raise UnknownPartError(key, "names no part of the model in which attention happens", keys(parts))
+    for key in asked:
+        if key not in met:
+            raise UnknownPartError(key, _problem(key, parts), keys(parts))
     return found
 
 
-def flat(implementation: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield keys and names; the keys of a dictionary within a dictionary go on from the outer key.
+def flat(implementation: Any) -> dict[str, str]:
+    """Return names by key; the keys of a dictionary within a dictionary go on from the outer key.
 
     Raises:
-        InvalidInputError: something else than names and dictionaries.
+        InvalidInputError: something else than names and dictionaries, or two names for one key.
     """
-    if isinstance(implementation, str) and not prefix:
+    return {key: name for key, name in _asked(implementation).items() if name is not None}
+
+
+def keys(parts: Mapping[Part, Sequence[str]]) -> list[str]:
+    """Return keys that mean parts: sub-configurations, then paths, with a star for the number of a layer."""
+    configs = _configs(parts)
+    own = {_numberless(path) for paths in parts.values() for path in paths} - {""}
+    around = {start for path in own for start in _starts(path) if not start.endswith("*")}
+    return [*sorted(configs), *sorted((own | around) - configs)]
+
+
+def _asked(implementation: Any) -> dict[str, str | None]:
+    """Return names by key; None where a key has an empty dictionary, which asks for nothing."""
+    found: dict[str, str | None] = {}
+    for key, name in _spelled(implementation):
+        before = found.get(key)
+        if before and name and before != name:
+            got = f"{before!r} and {name!r}, by keys within keys"
+            raise InvalidInputError(f"attn_implementation[{key!r}]", got, "one of them")
+        found[key] = name or before
+    return found
+
+
+def _spelled(implementation: Any, prefix: str = "") -> Iterator[tuple[str, str | None]]:
+    if isinstance(implementation, str):
         yield "", implementation
         return
     if not isinstance(implementation, Mapping):
@@ -64,36 +96,29 @@ def flat(implementation: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         whole = ".".join(filter(None, (prefix, key)))
         if isinstance(value, str):
             yield whole, value
-        elif isinstance(value, Mapping):
-            yield from flat(value, whole)
-        else:
+        elif not isinstance(value, Mapping):
             raise InvalidInputError(f"attn_implementation[{key!r}]", repr(value), "a backend's name, as a string")
+        elif value:
+            yield from _spelled(value, whole)
+        else:
+            yield whole, None
 
 
-def keys(parts: Iterable[Part]) -> list[str]:
-    """Return keys that mean parts: sub-configurations, then paths, with a star for the number of a layer."""
-    parts = list(parts)
-    configs = {start for part in parts for start in _starts(part.config)}
-    own = {_numberless(part.path) for part in parts} - {""}
-    around = {start for path in own for start in _starts(path) if not start.endswith("*")}
-    return [*sorted(configs), *sorted((own | around) - configs)]
-
-
-def _means(key: str, part: Part) -> _What | None:
-    """Return how closely *key* means *part*; None if it does not."""
+def _means(key: str, part: Part, starts: Sequence[str], patterns: set[str]) -> _What | None:
+    """Return how closely *key* means *part*, whose paths have these *starts*; None if it does not."""
     if not key:
         return 0, 0, True
-    depth = key.count(".") + 1
-    if _PATTERN & set(key):
-        return (2, depth, False) if any(fnmatchcase(start, key) for start in _starts(part.path)) else None
-    if key in _starts(part.path):
-        return 2, depth, True
-    return (1, depth, True) if key in _starts(part.config) else None
+    if key in patterns:
+        depths = [_depth(start) for start in starts if fnmatchcase(start, key)]
+        return (2, min(depths), False) if depths else None
+    if key in starts:
+        return 2, _depth(key), True
+    return (1, _depth(key), True) if part.config and key in _starts(part.config) else None
 
 
-def _closest(part: Part, meant: list[tuple[_What, str]], named: dict[str, str]) -> str:
-    best = max(how for how, _ in meant)
-    rivals = [key for how, key in meant if how == best]
+def _closest(part: Part, meant: Mapping[str, _What], named: Mapping[str, str]) -> str:
+    best = max(meant[key] for key in named)
+    rivals = [key for key in named if meant[key] == best]
     if len({named[key] for key in rivals}) > 1:
         got = " and ".join(f"{named[key]!r} by {key!r}" for key in rivals)
         wanted = "one of them, or a key that means this part more closely, such as its path"
@@ -101,13 +126,29 @@ def _closest(part: Part, meant: list[tuple[_What, str]], named: dict[str, str]) 
     return named[rivals[0]]
 
 
+def _problem(key: str, parts: Iterable[Part]) -> str:
+    problem = "names no part of the model in which attention happens"
+    configs = _configs(parts)
+    if outer := next((start for start in _starts(key) if start in configs), ""):
+        rule = f"below the sub-configuration {outer!r} come sub-configurations, and modules go by their paths"
+        return f"{problem}: {rule}"
+    return problem
+
+
+def _configs(parts: Iterable[Part]) -> set[str]:
+    return {start for part in parts for start in _starts(part.config)} - {""}
+
+
 def _starts(dotted: str) -> list[str]:
-    """Return a dotted name and what it lies in: `a.b.c`, `a.b`, `a`."""
-    found = []
-    while dotted:
+    """Return a dotted name and what it lies in: `a.b.c`, `a.b`, `a`; of the model's own, which is empty, itself."""
+    found = [dotted]
+    while dotted := dotted.rpartition(".")[0]:
         found.append(dotted)
-        dotted = dotted.rpartition(".")[0]
     return found
+
+
+def _depth(dotted: str) -> int:
+    return dotted.count(".") + 1 if dotted else 0
 
 
 def _numberless(path: str) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from os import PathLike, fspath
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from attnreg.default import default_registry
-from attnreg.errors import BridgeError, InvalidInputError
+from attnreg.errors import InvalidInputError
 from attnreg.models.choosing import flat
+from attnreg.models.saved import load_saved
 from attnreg.models.setting import set_attn_implementation
 from attnreg.naming import AUTO
 
@@ -34,26 +35,30 @@ def load_model(
         *args: for the factory, or for `from_pretrained` behind the path.
         attn_implementation: see `attnreg.set_attn_implementation`; None leaves every part its default.
         check: see `attnreg.set_attn_implementation`.
-        **kwargs: likewise.
+        **kwargs: likewise; beside a path or a name, `subfolder`, `revision`, `token`, `cache_dir`, `local_files_only`
+            and `trust_remote_code` also tell where the configuration is, by which the class is found.
 
     Returns:
         The model.
 
     Raises:
         UnknownBackendError: nobody provides a name; see `attnreg.set_attn_implementation` for what else it raises.
-        InvalidInputError: neither something that can be called nor a path, or a directory without a model.
-        BridgeError: the library of that model is missing, or does not know the model.
+        InvalidInputError: neither something that makes a model nor a path or a name, or a directory without a model.
+        BridgeError: the library of that model is missing, or does not know the model, or there is none of that name.
     """
     if attn_implementation is not None:
         _look_up(attn_implementation)
     if isinstance(factory_or_id, str | PathLike):
-        factory, args = _from_pretrained(fspath(factory_or_id)), (fspath(factory_or_id), *args)
+        model = load_saved(factory_or_id, *args, **kwargs)
+    elif isinstance(factory_or_id, torch.nn.Module):
+        got = f"a {type(factory_or_id).__name__}, which is a model already"
+        wanted = "what makes one, or a path; to change a model, attnreg.set_attn_implementation"
+        raise InvalidInputError("factory_or_id", got, wanted)
     elif callable(factory_or_id):
-        factory = factory_or_id
+        model = factory_or_id(*args, **kwargs)
     else:
         wanted = "a class or function that makes the model, or a path"
         raise InvalidInputError("factory_or_id", f"of type {type(factory_or_id).__name__}", wanted)
-    model = factory(*args, **kwargs)
     if attn_implementation is not None:
         set_attn_implementation(model, attn_implementation, check=check)
     return model
@@ -61,50 +66,6 @@ def load_model(
 
 def _look_up(implementation: Any) -> None:
     """Make sure that backends of these names are there; a library's own names have a colon, and wait for their part."""
-    for _, name in flat(implementation):
+    for name in flat(implementation).values():
         if name != AUTO and (":" not in name or "/" in name):
             default_registry.get(name)
-
-
-def _from_pretrained(path: str) -> Callable[..., Any]:
-    """Return what loads the model that is saved at *path*, or is named so on the Hub."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return _by_architecture(path)
-    if (folder / "model_index.json").is_file():
-        return _diffusers("DiffusionPipeline")
-    if not (folder / "config.json").is_file():
-        raise InvalidInputError("the directory", "one without config.json and model_index.json", "a saved model's")
-    class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
-    return _diffusers(class_name) if class_name else _by_architecture(path)
-
-
-def _diffusers(class_name: str) -> Callable[..., Any]:
-    try:
-        import diffusers
-    except ImportError as error:
-        raise BridgeError(
-            "diffusers", f"it cannot be imported ({error})", "pip install 'attnreg[diffusers]'."
-        ) from error
-    return _loader(diffusers, class_name, "diffusers")
-
-
-def _by_architecture(path: str) -> Callable[..., Any]:
-    """Return `from_pretrained` of the class that a transformers model was saved from."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise BridgeError(
-            "transformers", f"it cannot be imported ({error})", "pip install 'attnreg[transformers]'."
-        ) from error
-    names = transformers.AutoConfig.from_pretrained(path).architectures or ["AutoModel"]
-    return _loader(transformers, names[0], "transformers")
-
-
-def _loader(library: Any, class_name: str, host: str) -> Callable[..., Any]:
-    found = getattr(library, class_name, None)
-    if found is None:
-        problem = f"it has no model class {class_name!r}, from which this model was saved"
-        raise BridgeError(host, problem, "Hand over what loads it: load_model(TheClass.from_pretrained, path, …).")
-    loader: Callable[..., Any] = found.from_pretrained
-    return loader

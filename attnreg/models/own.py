@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from attnreg.models.parts import Part
 from attnreg.naming import AUTO
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from attnreg.capabilities import Request
 
 
-@runtime_checkable
 class Bound(Protocol):
     """What a module of attnreg's offers: it is bound to a backend by name, and can be bound to another."""
 
@@ -31,6 +30,9 @@ class Bound(Protocol):
     def bind_implementation(self, name: str) -> None:
         """Bind to a backend that the caller has looked up and judged."""
         ...
+
+
+_METHODS: Final = ("attention_needs", "bind_implementation")
 
 
 class Own:
@@ -68,8 +70,9 @@ class Own:
         return commit
 
 
-def _bound(module: object) -> Bound | None:
-    return module if isinstance(module, Bound) else None
+def _bound(module: Any) -> Bound | None:
+    """Return *module* if its class is bound; a wrapper hands on what its layer has, and is none for that."""
+    return cast("Bound", module) if all(hasattr(type(module), name) for name in _METHODS) else None
 
 
 OWN: Final = Own()

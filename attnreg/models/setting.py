@@ -19,7 +19,7 @@ from attnreg.naming import AUTO
 from attnreg.selection import resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from attnreg.models.parts import Host, Part
 
@@ -30,6 +30,10 @@ _LIBRARIES: Final = {
 }
 """Library → the module whose `HOST` knows its parts. One that was not imported has no models here."""
 
+_ATTENDING: Final = (
+    "layers of attnreg.nn, a whole model of transformers (not a layer of one), or modules that look a backend up or "
+    "call scaled_dot_product_attention"
+)
 _lock: Final = RLock()
 
 
@@ -45,8 +49,9 @@ def set_attn_implementation(model: Any, attn_implementation: str | Mapping[str, 
         attn_implementation: one backend's name for all parts, or a dictionary. Its keys are sub-configurations
             (`"vision_config"`), modules (`"model.vision_tower"`), patterns over module paths as in `fnmatch`
             (`"layers.*.cross_attn"`), and `""` for every part that no other key means. The key that means a part most
-            closely counts. `"auto"` is the best backend for what the part needs. A name such as `"transformers:sdpa"`,
-            as `get_attn_implementation` returns it, is the library's own implementation.
+            closely counts. A dictionary in the place of a name goes on from its key. `"auto"` is the best backend for
+            what the part needs. A name such as `"transformers:sdpa"`, as `get_attn_implementation` returns it, is the
+            library's own implementation.
         check: refuse backends that cannot serve what a part needs, as far as that shows before it is called: device,
             dtype, head dimensions, features of its attention. Calls are judged in any case.
 
@@ -56,17 +61,17 @@ def set_attn_implementation(model: Any, attn_implementation: str | Mapping[str, 
         UnknownPartError: a key means no part; says which keys do.
         UnknownBackendError: nobody provides the name; see `attnreg.get` for what else looking it up raises.
         UnsupportedPartError: backends cannot serve their parts; holds the reasons, part by part.
-        BridgeError: the library that a part was written for cannot have it.
+        BridgeError: the library that a part was written for cannot have it, or the name is another library's own.
     """
     with _lock:
-        roots = _roots(model)
-        if "" in dict(flat(attn_implementation)):
+        asked = flat(attn_implementation)
+        if "" in asked:
             _check_reached(model)
-        parts = [part for _, _, found in roots for part in found]
-        if not parts:
+        roots = _roots(model)
+        parts = _with_paths(model, roots)
+        if asked and not parts:
             kind = f"of type {type(model).__name__}, without attention whose backend can be chosen"
-            wanted = "layers of attnreg.nn, or modules that look a backend up or call scaled_dot_product_attention"
-            raise InvalidInputError("model", kind, wanted)
+            raise InvalidInputError("model", kind, _ATTENDING)
         wanted_names = _resolved(chosen(parts, attn_implementation), check=check)
         commits = []
         for root, host, found in roots:
@@ -81,19 +86,21 @@ def get_attn_implementation(model: Any) -> str | dict[str, str]:
 
     Returns:
         One name if all parts have the same; else a dictionary by sub-configuration, `""` being the model's own, or,
-        where the parts of a sub-configuration differ, by module path. `"transformers:sdpa"` and the like are
-        implementations of the library that the part was written for.
+        where the parts of a sub-configuration differ, by module path. Where a name for all would leave attention out
+        that no name reaches, there is neither one name nor `""`. `"transformers:sdpa"` and the like are implementations
+        of the library that the part was written for.
 
     Raises:
         InvalidInputError: the model is no module and no pipeline.
     """
     names = {part: part.host.implementation(part) for _, _, found in _roots(model) for part in found}
-    if len(set(names.values())) == 1:
+    reached = next(_unreached(model), None) is None
+    if reached and len(set(names.values())) == 1:
         return next(iter(names.values()))
     by_config: dict[str, set[str]] = {}
     for part, name in names.items():
         by_config.setdefault(part.config, set()).add(name)
-    if all(len(found) == 1 for found in by_config.values()) and len(by_config) > 1:
+    if all(len(found) == 1 for found in by_config.values()) and (reached or "" not in by_config):
         return {config: found.pop() for config, found in sorted(by_config.items())}
     return {part.path: name for part, name in names.items()}
 
@@ -110,11 +117,16 @@ def _modules(model: Any) -> dict[str, torch.nn.Module]:
 
 def _check_reached(model: Any) -> None:
     """Raise `BridgeError` if a name for all parts would leave some attention out."""
+    for host, problem in _unreached(model):
+        raise BridgeError(host.name, problem, "Name the parts that take a backend in a dictionary without ''.")
+
+
+def _unreached(model: Any) -> Iterator[tuple[Host, str]]:
+    """Yield what a name for all parts would leave out, and whose it is."""
     for root in _modules(model).values():
         for host in _hosts():
             if problem := host.unreached(root):
-                remedy = "Name the parts that take a backend in a dictionary without ''."
-                raise BridgeError(host.name, problem, remedy)
+                yield host, problem
 
 
 def _roots(model: Any) -> list[tuple[torch.nn.Module, Host, list[Part]]]:
@@ -128,8 +140,21 @@ def _roots(model: Any) -> list[tuple[torch.nn.Module, Host, list[Part]]]:
     return found
 
 
+def _with_paths(model: Any, roots: Sequence[tuple[torch.nn.Module, Host, list[Part]]]) -> dict[Part, list[str]]:
+    """Return every part with its paths: a module that is in several places goes by any of them."""
+    paths: dict[int, list[str]] = {}
+    for name, root in _modules(model).items():
+        for path, module in root.named_modules(remove_duplicate=False):
+            paths.setdefault(id(module), []).append(_joined(name, path))
+    return {part: paths[id(part.module)] for _, _, found in roots for part in found}
+
+
 def _within(component: str, part: Part) -> Part:
-    return replace(part, path=".".join(filter(None, (component, part.path)))) if component else part
+    return replace(part, path=_joined(component, part.path)) if component else part
+
+
+def _joined(component: str, path: str) -> str:
+    return ".".join(filter(None, (component, path)))
 
 
 def _hosts() -> list[Host]:
@@ -143,18 +168,37 @@ def _resolved(wanted: Mapping[Part, str], *, check: bool) -> dict[Part, str]:
     found: dict[Part, str] = {}
     refused: dict[str, tuple[str, Sequence[object]]] = {}
     for part, name in wanted.items():
-        library, _, rest = name.partition(":")
-        if rest and library == part.host.name:
+        if _is_own(name, part):
             found[part] = name
         elif name == AUTO:
             found[part] = name if part.host is OWN else resolve(AUTO, part.needs).name
         else:
             found[part] = default_registry.get(name).name
             if check and (reasons := _reasons(name, part)):
-                refused[part.path or type(part.module).__name__] = (name, reasons)
+                refused[_label(part)] = (name, reasons)
     if refused:
         raise UnsupportedPartError(refused)
     return found
+
+
+def _is_own(name: str, part: Part) -> bool:
+    """Whether *name* is of an implementation of the part's own library.
+
+    Raises:
+        BridgeError: it is of one of another library's.
+    """
+    library, _, rest = name.partition(":")
+    if library not in _LIBRARIES or not rest:
+        return False
+    if library != part.host.name:
+        whose = f"{_label(part)!r}, a {type(part.module).__name__}, belongs to {part.host.name}"
+        problem = f"{name!r} is an implementation of its own, and {whose}"
+        raise BridgeError(library, problem, "Name a backend for it, and this for the others, in a dictionary.")
+    return True
+
+
+def _label(part: Part) -> str:
+    return part.path or type(part.module).__name__
 
 
 def _reasons(name: str, part: Part) -> Sequence[object]:

@@ -54,11 +54,17 @@ class BoundModule(torch.nn.Module):
         self._implementation = name
 
     def attention_needs(self) -> Request:
-        """Return what every call needs, as far as it is known before: by default, where the parameters are."""
-        parameter = next(self.parameters(), None)
-        if parameter is None or parameter.is_meta:
+        """Return what every call needs, as far as it is known before: by default, where the parameters are.
+
+        The dtype is that of the matrices, where they agree. Norms may be kept in another one, and what quantised
+        matrices, of 8 bits or of integers, compute in does not show.
+        """
+        placed = [each for each in self.parameters() if not each.is_meta]
+        if not placed:
             return Request()
-        return Request(device=parameter.device.type, dtype=str(dtype_of(parameter)))
+        wide = (each for each in placed if each.dim() > 1 and each.is_floating_point() and each.itemsize > 1)
+        dtypes = {str(dtype_of(each)) for each in wide}
+        return Request(device=placed[0].device.type, dtype=dtypes.pop() if len(dtypes) == 1 else None)
 
 
 def dtype_of(parameter: torch.Tensor) -> torch.dtype:
