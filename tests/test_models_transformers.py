@@ -326,9 +326,10 @@ def test_models_that_compute_attention_themselves() -> None:
         BridgeError, match="bloom.transformer.h.0.self_attention, a BloomAttention, computes attention itself"
     ):
         attnreg.set_attn_implementation(both, "sdpa")
-    assert attnreg.get_attn_implementation(both) == "transformers:sdpa"
-    attnreg.set_attn_implementation(both, {"llama": "eager"}, check=True)
-    assert attnreg.get_attn_implementation(both) == "eager"
+    paths = [f"llama.model.layers.{number}.self_attn" for number in range(3)]
+    assert attnreg.get_attn_implementation(both) == dict.fromkeys(paths, "transformers:sdpa")
+    attnreg.set_attn_implementation(both, {"llama": "eager"})
+    assert attnreg.get_attn_implementation(both) == dict.fromkeys(paths, "eager")
 
 
 def test_what_a_module_needs() -> None:
@@ -412,7 +413,7 @@ def test_a_user_backend_by_layer() -> None:
 def test_a_module_that_looks_for_none_in_place_of_a_mask() -> None:
     """Moonshine's modules are causal only where they are handed no mask; a mixture hands them one, and stays causal."""
     torch.manual_seed(0)
-    sizes = {
+    sizes: Any = {
         f"{side}_{what}": n
         for side in ("encoder", "decoder")
         for what, n in (("num_hidden_layers", 2), ("num_attention_heads", 4))
@@ -471,11 +472,11 @@ def test_a_subclass_of_a_module() -> None:
     """A user's attention that computes by hand is no part; one that goes on to the model's own is."""
 
     class ByHand(LlamaAttention):
-        def forward(self, hidden_states, **_: Any):
+        def forward(self, hidden_states, *_: Any, **__: Any) -> Any:
             return hidden_states, None
 
     class GoesOn(LlamaAttention):
-        def forward(self, *args: Any, **kwargs: Any):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
             return super().forward(*args, **kwargs)
 
     model = llama()

@@ -29,7 +29,9 @@ def attends_itself(module: torch.nn.Module) -> bool:
     One that only holds modules which look a function up is none.
     """
     kind: Any = module.__class__
-    if "Attention" not in kind.__name__ or isinstance(module, _models()) or not _computes(kind):
+    if "Attention" not in kind.__name__ or isinstance(module, _models()) or kind.__module__.startswith("torch."):
+        return False  # torch.nn.MultiheadAttention is nobody's part, as in models that are pooled by one
+    if not _computes(kind):
         return False
     kinds: set[Any] = {each.__class__ for each in module.modules()}
     return all(_lookup(each) is None for each in kinds)
