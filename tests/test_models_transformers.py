@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from test_transformers_families import FAMILIES
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -567,3 +568,11 @@ def test_a_copied_sub_configuration() -> None:
     assert {part.config for part in HOST.parts(model)} >= {"text_config"}
     attnreg.set_attn_implementation(model, {"text_config": "eager", "vision_config": "sdpa"})
     assert model.language_model.encoder.config._attn_implementation == "attnreg:EAGER"
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_name_reaches_all_of_every_family(family) -> None:
+    """In no model that the bridge is proved on does a part compute attention past the name for all of it."""
+    model = FAMILIES[family].make()
+    assert HOST.unreached(model) == ""
+    assert HOST.parts(model)
