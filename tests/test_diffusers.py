@@ -62,7 +62,7 @@ def flash():
 def give(model, backend) -> None:
     """Give all parts a backend that may be in no registry."""
     parts = bridge.HOST.parts(model)
-    host._commit({part.module: backend for part in parts})
+    host._commit(host._classes({part.module: backend for part in parts}))
     assert {bridge.HOST.implementation(part) for part in parts} == {backend.name}
 
 

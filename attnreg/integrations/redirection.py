@@ -15,7 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from attnreg.errors import InvalidInputError
 from attnreg.functional.masking import Asked
-from attnreg.integrations.translation import formatted_once, mask_of
+from attnreg.integrations.callers import is_its_own
+from attnreg.integrations.folding import folded
+from attnreg.integrations.translation import formatted_once, mask_of, spelled_out
 from attnreg.masks.extent import Extent
 
 if TYPE_CHECKING:
@@ -25,21 +27,39 @@ if TYPE_CHECKING:
 
 _SDPA: Final = functional.scaled_dot_product_attention
 _UNFLATTEN: Final = torch.Tensor.unflatten
-_ROWS: Final = 3
 _RANK: Final = 4
 
 
 class Redirected(TorchFunctionMode):
-    """Inside of it, `scaled_dot_product_attention` is *backend*, in this thread.
+    """Inside of it, *module*'s calls of `scaled_dot_product_attention` are *backend*'s, in this thread.
 
-    Attributes:
-        answered: whether it has been called.
+    Args:
+        backend: who computes.
+        module: whose calls are meant; None for all calls.
+        speaks_for_itself: whether the calls of another module, which this one holds, are its own matter.
+        is_its_own: tells whose a call is; see `callers`. A trace cannot, and takes all for the module's own, unless it
+            is made to go around.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        module: torch.nn.Module | None = None,
+        speaks_for_itself: Callable[[torch.nn.Module], bool] | None = None,
+        is_its_own: Callable[..., bool] = is_its_own,
+    ) -> None:
         super().__init__()
         self._backend = backend
-        self.answered = False
+        self._module = module
+        self._speaks_for_itself = speaks_for_itself
+        self._is_its_own = is_its_own
+        self._trains = torch.is_grad_enabled()
+        self._answers: list[bool] = []  # a trace can append to a list, but not write to a mode
+
+    @property
+    def answered(self) -> bool:
+        """Whether it has been called."""
+        return bool(self._answers)
 
     def __torch_function__(
         self,
@@ -49,13 +69,19 @@ class Redirected(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Answer for *func*; torch has left the mode meanwhile."""
-        if func is _SDPA:
-            if not torch.compiler.is_compiling():  # a trace cannot write to a mode
-                self.answered = True
+        if func is _SDPA and self._is_meant():
+            self._answers.append(True)
             return scaled_dot_product_attention(self._backend, *args, **(kwargs or {}))
         if func is _UNFLATTEN:  # torch.compile cannot go through the method itself, which calls that of its base class
             return args[0].unflatten(*args[1:], **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def _is_meant(self) -> bool:
+        if self._module is None or self._speaks_for_itself is None:
+            return True
+        if torch.compiler.is_dynamo_compiling() and self._is_its_own is is_its_own:
+            return True
+        return self._is_its_own(self._module, self._speaks_for_itself, trains=self._trains)
 
 
 def scaled_dot_product_attention(
@@ -73,45 +99,53 @@ def scaled_dot_product_attention(
 
     Args:
         backend: who computes.
-        query: `(batch, heads, query_length, head_dim)`, or without the axis of heads.
-        key: `(batch, heads, key_length, head_dim)`; with *enable_gqa* query's heads are a multiple of its.
-        value: `(batch, heads, key_length, value_head_dim)`.
+        query: `(..., heads, query_length, head_dim)`, or without the axis of heads.
+        key: `(..., heads, key_length, head_dim)`; with *enable_gqa* query's heads are a multiple of its.
+        value: `(..., heads, key_length, value_head_dim)`.
         attn_mask: bool, True = attend, or floating, added to the scores; broadcasts over
-            `(batch, heads, query_length, key_length)`.
+            `(..., heads, query_length, key_length)`. Or a `torch.nn.attention.bias.CausalBias`.
         dropout_p: probability with which a weight is dropped.
         is_causal: hide the keys behind the query, the first of both aligned; beside a mask both must allow.
         scale: factor of the scores; `1 / sqrt(head_dim)` by default.
         enable_gqa: query may have more heads.
 
     Returns:
-        `(batch, heads, query_length, value_head_dim)`; a query without any key gives 0.
+        `(..., heads, query_length, value_head_dim)`; a query without any key gives 0.
 
     Raises:
-        InvalidInputError: shapes that do not fit.
-        InvalidMaskError: a mask of another dtype or shape.
+        InvalidInputError: shapes that do not fit, or nested tensors.
+        InvalidMaskError: a mask of another kind, dtype or shape.
         UnsupportedError: the backend cannot do it; `UnsupportedMaskError` if its mask format cannot.
 
     Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
     """
-    if query.dim() == key.dim() == value.dim() == _ROWS:
-        heads = (query[:, None], key[:, None], value[:, None])
-        mask = attn_mask[:, None] if attn_mask is not None and attn_mask.dim() == _ROWS else attn_mask
-        return scaled_dot_product_attention(backend, *heads, mask, dropout_p, is_causal, scale)[:, 0]
+    if not torch.compiler.is_compiling() and not _has_places(query, key, value):
+        return _SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    mask, is_causal, offset = spelled_out(attn_mask, query, key, is_causal=is_causal)
+    query, key, value, mask, first = folded(query, key, value, mask, enable_gqa=enable_gqa)
     query, key, value = _autocast(query, key, value)
-    extent = _extent(query, key, value, enable_gqa=enable_gqa)
-    asked = Asked(mask_of(attn_mask, extent), is_causal)
-    ready = formatted_once(backend, asked, extent, query, attn_mask)
+    extent = _extent(query, key, value, offset, enable_gqa=enable_gqa)
+    ready = formatted_once(backend, Asked(mask_of(mask, extent), is_causal), extent, query, mask)
     options: dict[str, Any] = {} if scale is None else {"scaling": scale}
     if dropout_p:
         options["dropout"] = dropout_p
     if ready.position_bias is not None:
         options["position_bias"] = ready.position_bias
     output: torch.Tensor = backend.call(None, query, key, value, ready.mask, is_causal=ready.is_causal, **options)[0]
-    return output.transpose(1, 2)
+    output = output.transpose(1, 2)
+    return output if first is None else output.reshape(*first, *output.shape[-2:])
 
 
-def _extent(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_gqa: bool) -> Extent:
-    """Measure the call, or raise `InvalidInputError`; torch's positions begin at 0 for queries and keys alike."""
+def _has_places(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether there is anything to compute; raise `InvalidInputError` if the tensors have no shape."""
+    if query.is_nested or key.is_nested or value.is_nested:
+        wanted = "tensors of one length each, with a mask of the padding; or leave the module out"
+        raise InvalidInputError("the input", "a nested tensor, which no backend computes", wanted)
+    return query.numel() != 0
+
+
+def _extent(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offset: int, *, enable_gqa: bool) -> Extent:
+    """Measure the call, or raise `InvalidInputError`; *offset* is the position of the first query."""
     if query.dim() == key.dim() == value.dim() == _RANK:
         batch, heads, q_length, head_dim = query.shape
         key_batch, kv_heads, kv_length, key_dim = key.shape
@@ -119,10 +153,10 @@ def _extent(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enab
         alike = batch == key_batch == value_batch and kv_heads == value_heads and kv_length == value_length
         shared = kv_heads == 1 or heads % kv_heads == 0 if enable_gqa else kv_heads == 1 or heads == kv_heads  # noqa: PLR1714
         if alike and shared and head_dim == key_dim:
-            return Extent(batch, q_length, kv_length, 0, 0, query.device)
+            return Extent(batch, q_length, kv_length, offset, 0, query.device)
     got = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, enable_gqa={enable_gqa}"
     wanted = (
-        "query (B, H, Sq, D), key (B, H, Sk, D) and value (B, H, Sk, Dv); fewer heads of the latter with enable_gqa"
+        "query (..., H, Sq, D), key (..., H, Sk, D), value (..., H, Sk, Dv); fewer heads of the latter with enable_gqa"
     )
     raise InvalidInputError("the input", got, wanted)
 

@@ -6,13 +6,16 @@ torch's meaning of every argument; see `redirection`.
 
 from __future__ import annotations
 
+from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, Final
+
+from torch.nn import MultiheadAttention
 
 from attnreg.capabilities import Request
 from attnreg.default import default_registry
 from attnreg.errors import BridgeError
-from attnreg.integrations.attending import calls
-from attnreg.integrations.service import backend_of, own_class, release, serve
+from attnreg.integrations.attending import calls, methods_of
+from attnreg.integrations.service import backend_of, check_class, own_class, prepared, release
 from attnreg.models.parts import Part
 from attnreg.nn.binding import dtype_of
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 _SDPA: Final = frozenset({"scaled_dot_product_attention"})
+_LOOKUPS: Final = frozenset({"ALL_ATTENTION_FUNCTIONS", "get_interface"})
+"""What code of transformers names that looks a function up; such a module is served where that host serves it."""
 _SELF: Final = "torch:sdpa"
 """What a module is on that no backend serves."""
 
@@ -60,20 +65,35 @@ class TorchModules:
         """Return what has backends serve the modules.
 
         Raises:
-            BridgeError: a name of torch's own other than `torch:sdpa`.
+            BridgeError: a name of torch's own other than `torch:sdpa`, or a module whose class something else has
+                changed since it was served.
         """
         del model
         if unknown := sorted({name for name in wanted.values() if name.startswith("torch:")} - {_SELF}):
             raise BridgeError("torch", f"it has no implementation {unknown[0]!r}", f"It has: {_SELF}.")
-        backends = {part.module: None if name == _SELF else default_registry.get(name) for part, name in wanted.items()}
+        classes: dict[torch.nn.Module, type | None] = {}
+        for part, name in wanted.items():
+            check_class(part.module)
+            classes[part.module] = None if name == _SELF else _serving(part.module, name)
 
         def commit() -> None:
-            for module, backend in backends.items():
-                release(module)
-                if backend is not None:
-                    serve(module, backend, _never, must_attend=True)
+            for module, kind in classes.items():
+                if kind is None:
+                    release(module)
+                else:
+                    module.__class__ = kind
 
         return commit
+
+
+def _serving(module: torch.nn.Module, name: str) -> type:
+    return prepared(module, default_registry.get(name), _never, speaks_for_itself, must_attend=True)
+
+
+def speaks_for_itself(module: torch.nn.Module) -> bool:
+    """Whether how a module attends is its own matter, also where it is called by another one that a backend serves."""
+    kind: Any = own_class(module)
+    return isinstance(module, MultiheadAttention) or _package(kind) in _SPOKEN_FOR or _attends(kind)
 
 
 def _never(module: Any) -> bool:
@@ -85,10 +105,12 @@ def _never(module: Any) -> bool:
 def _attends(kind: type) -> bool:
     """Whether the code of a module's class, or of what it is derived from, calls the function."""
     if kind not in _known:
-        classes = [each for each in kind.__mro__ if _package(each) != "torch"]
-        spoken_for = not classes or _package(classes[0]) in _SPOKEN_FOR
-        methods = [method for each in classes for method in vars(each).values() if callable(method)]
-        _known[kind] = not spoken_for and any(calls(method, _SDPA) for method in methods)
+        spoken_for = _package(kind) in _SPOKEN_FOR
+        methods = list(methods_of(kind, lambda each: _package(each) != "torch"))
+        looks_up = any(_package(each) == "transformers" for each in kind.__mro__) and any(
+            calls(method, _LOOKUPS) for method in methods
+        )
+        _known[kind] = not spoken_for and not looks_up and any(calls(method, _SDPA) for method in methods)
     return _known[kind]
 
 
@@ -99,7 +121,9 @@ def _package(kind: type) -> str:
 
 def _needs_of(module: torch.nn.Module) -> Request:
     """Return what calls of the module need, as far as its attributes tell."""
-    parameter = next((each for each in module.parameters() if each.is_floating_point()), None)
+    # Norms may be kept in another dtype than calls have.
+    floating = [each for each in module.parameters() if each.is_floating_point()]
+    parameter = next((each for each in floating if each.dim() > 1), next(iter(floating), None))
     where: dict[str, Any] = {}
     if parameter is not None and not parameter.is_meta:
         where = {"device": parameter.device.type, "dtype": str(dtype_of(parameter))}
@@ -107,7 +131,7 @@ def _needs_of(module: torch.nn.Module) -> Request:
 
 
 def _number(module: torch.nn.Module, names: tuple[str, ...]) -> int | None:
-    found = (getattr(module, name, None) for name in names)
+    found = (getattr_static(module, name, None) for name in names)  # a property may raise as long as nothing is called
     return next((each for each in found if isinstance(each, int) and not isinstance(each, bool) and each > 0), None)
 
 

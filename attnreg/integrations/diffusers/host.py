@@ -9,9 +9,10 @@ import torch
 
 from attnreg.default import default_registry
 from attnreg.errors import BridgeError
+from attnreg.integrations import torch_modules
 from attnreg.integrations.diffusers.modules import attends, needs_of, own_name, strays, trouble
 from attnreg.integrations.diffusers.pins import ATTRIBUTE, active, chosen_by_user, pin, unpin
-from attnreg.integrations.service import backend_of, release, serve
+from attnreg.integrations.service import backend_of, check_class, own_class, prepared, release
 from attnreg.models.parts import Part
 
 if TYPE_CHECKING:
@@ -50,15 +51,16 @@ class Diffusers:
 
         Raises:
             BridgeError: a processor that computes attention in another way, that is shared with a module which keeps
-                another implementation, or that is split over devices; or another of diffusers' own implementations
-                than the module had before.
+                another implementation, or that is split over devices; another of diffusers' own implementations than
+                the module had before; or a module whose class something else has changed since it was served.
         """
         backends = {part.module: self._backend(part, name) for part, name in wanted.items()}
         for part in wanted:
             if backends[part.module] is not None and (found := trouble(part.module)):
                 raise BridgeError("diffusers", f"{_named(part)} cannot be given a backend: {found[0]}", found[1])
         self._check_shared(model, backends)
-        return lambda: _commit(backends)
+        classes = _classes(backends)
+        return lambda: _commit(classes)
 
     def _backend(self, part: Part, name: str) -> Backend | None:
         """Look the backend up; None stands for what the module had before."""
@@ -116,7 +118,8 @@ def reset(model: Any) -> None:
     What diffusers' `set_attention_backend` has set since stays.
     """
     for root in _roots(model):
-        _commit({module: None for module in root.modules() if backend_of(module) is not None and attends(module)})
+        modules = (each for each in root.modules() if backend_of(each) is not None and attends(each))
+        _commit(_classes(dict.fromkeys(modules)))
 
 
 def _roots(model: Any) -> Iterable[torch.nn.Module]:
@@ -128,14 +131,30 @@ def _roots(model: Any) -> Iterable[torch.nn.Module]:
     return [each for each in (model, *components.values()) if isinstance(each, torch.nn.Module)]
 
 
-def _commit(backends: Mapping[torch.nn.Module, Backend | None]) -> None:
+def speaks_for_itself(module: torch.nn.Module) -> bool:
+    """Whether how a module attends is its own matter, also where it is called by another one that a backend serves."""
+    if not own_class(module).__module__.startswith("diffusers."):
+        return torch_modules.speaks_for_itself(module)
+    return attends(module) and "Processor" not in type(module).__name__  # a processor attends for its module
+
+
+def _classes(backends: Mapping[torch.nn.Module, Backend | None]) -> dict[torch.nn.Module, type | None]:
+    """Make the classes that have backends serve the modules; None stands for the module's own."""
+    found: dict[torch.nn.Module, type | None] = {}
     for module, backend in backends.items():
-        if backend is None:
+        check_class(module)
+        found[module] = None if backend is None else prepared(module, backend, goes_its_own_way, speaks_for_itself)
+    return found
+
+
+def _commit(classes: Mapping[torch.nn.Module, type | None]) -> None:
+    for module, kind in classes.items():
+        if kind is None:
             release(module)
             unpin(module)
         else:
             pin(module)
-            serve(module, backend, goes_its_own_way)
+            module.__class__ = kind
 
 
 def _named(part: Part) -> str:

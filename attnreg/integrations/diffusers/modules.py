@@ -9,7 +9,7 @@ from diffusers.models import attention_processor
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from attnreg.capabilities import Request
-from attnreg.integrations.attending import calls
+from attnreg.integrations.attending import calls, methods_of
 from attnreg.integrations.diffusers.pins import ATTRIBUTE, active, said, said_before
 
 SDPA: Final = "scaled_dot_product_attention"
@@ -121,7 +121,6 @@ def _is_offloaded(module: torch.nn.Module) -> bool:
 def _called(kind: type) -> frozenset[str]:
     """Return what the methods of a processor or module call, those that it has from elsewhere than torch included."""
     if kind not in _known:
-        classes = [each for each in kind.__mro__ if not each.__module__.startswith("torch.")]
-        methods = [method for each in classes for method in vars(each).values() if callable(method)]
+        methods = methods_of(kind, lambda each: not each.__module__.startswith("torch."))
         _known[kind] = frozenset[str]().union(*(calls(method, _NAMES) for method in methods))
     return _known[kind]
