@@ -129,3 +129,73 @@ def test_inputs_are_left_alone_and_the_mode_is_left() -> None:
     with pytest.raises(UnsupportedError), Redirected(attnreg.get("loopback")):
         functional.scaled_dot_product_attention(*inputs(), dropout_p=0.5)
     assert functional.scaled_dot_product_attention(*inputs(), dropout_p=1e-9).shape == (BATCH, HEADS, QUERIES, 16)
+
+
+@pytest.mark.parametrize("keep", ["1110000", "0011111", "1011010"])
+def test_padding_beside_causality_hides_keys_alone(keep) -> None:
+    """A query stays where the key at its place is hidden, as in torch; formats of sequences cannot say so and refuse."""
+    given = inputs(keys=7)
+    query = torch.randn(BATCH, HEADS, KEYS, 16, generator=torch.Generator().manual_seed(4))
+    mask = torch.tensor([[True] * KEYS, [each == "1" for each in keep]])[:, None, None]
+    seen = (mask & torch.ones(KEYS, KEYS).tril().bool()).any(-1)[:, :, :, None]  # torch's kernels differ on the others
+    for name in ("eager", "sdpa", "loopback", "flex_attention"):
+        got, expected = both(name, query, *given[1:], mask, is_causal=True)
+        torch.testing.assert_close(got, expected.where(seen, 0.0), rtol=1e-5, atol=1e-5)
+    halves = [each.bfloat16() for each in (query, *given[1:])]
+    got, expected = both(on_the_cpu("xformers"), *halves, mask, is_causal=True)
+    torch.testing.assert_close(got, expected.where(seen, 0.0), rtol=0.02, atol=0.02)
+    for name in ("flash_attention_2", "sage_attention"):
+        with pytest.raises(UnsupportedError) as caught:
+            both(on_the_cpu(name), *halves, mask, is_causal=True)
+        assert caught.value.reasons[0].wanted == "opaque"
+
+
+def test_inference_mode_leaves_nothing_behind() -> None:
+    """A mask that was read under inference mode can be trained with, and what is written to it there counts."""
+    mask, halves = PADDING[:, None, None].clone(), inputs(torch.bfloat16)
+    backend = on_the_cpu("flash_attention_2")
+    with torch.inference_mode():
+        both(backend, *halves, mask)
+        mask[0, ..., 4:] = False
+        torch.testing.assert_close(*both(backend, *halves, mask), rtol=0.02, atol=0.02)
+    halves = [each.clone().requires_grad_() for each in halves]
+    got, expected = both(backend, *halves, mask)
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
+    got.float().sum().backward()
+    assert all(each.grad is not None for each in halves)
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
+def test_writes_that_torch_does_not_count(name, expanded) -> None:
+    """On the CPU, what numpy and `.data` write to a remembered mask is seen."""
+    backend = attnreg.get(name) if name == "flex_attention" else on_the_cpu(name)
+    memory = PADDING.numpy().copy()
+    mask = torch.from_numpy(memory)[:, None, None]
+    mask = mask.expand(-1, HEADS, QUERIES, -1) if expanded else mask
+    given = inputs(torch.bfloat16)
+    torch.testing.assert_close(*both(backend, *given, mask), rtol=0.02, atol=0.02)
+    memory[0, 3:] = False
+    torch.testing.assert_close(*both(backend, *given, mask), rtol=0.02, atol=0.02)
+    mask.data[1, 0, 0, 1:] = False
+    torch.testing.assert_close(*both(backend, *given, mask), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_floating_masks_of_a_wider_dtype(dtype) -> None:
+    """Functions of additive masks are handed the queries' dtype, without the lowest number turning into -inf."""
+    handed = []
+
+    def attention(module, query, key, value, attention_mask=None, **kwargs):
+        handed.append(attention_mask)
+        return loopback.call(module, query, key, value, attention_mask, **kwargs)
+
+    loopback = attnreg.get("loopback")
+    attnreg.AttentionInterface.register("watching", attention, mask=loopback.mask, supports=loopback.supports)
+    mask = torch.full((BATCH, 1, 1, KEYS), 0.5)
+    mask[1, ..., 3:5], mask[1, ..., 5:] = torch.finfo(torch.float32).min, float("-inf")
+    for name in ("loopback", "watching", "eager", "sdpa"):
+        torch.testing.assert_close(*both(name, *inputs(dtype), mask), rtol=0.02, atol=0.02)
+    lowest = torch.finfo(dtype).min
+    assert handed[0].dtype == dtype
+    assert handed[0][1, 0, 0].tolist() == [0.5, 0.5, 0.5, lowest, lowest, float("-inf"), float("-inf")]
