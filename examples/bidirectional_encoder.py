@@ -77,7 +77,7 @@ def main() -> None:
 
     print("how far the first token's state moves when the last token changes: causal, bidirectional;")
     print("how far embeddings move: without padding, in another order, by the configuration, from the first backend\n")
-    print(f"{'backend':15} causal  bidirectional    padding  order    config   backend")
+    print(f"{'backend':15} {'runs on':15} causal  bidirectional    padding  order    config   backend")
     first: torch.Tensor | None = None
     for name in able:
         attnreg.set_attn_implementation(model, name)
@@ -89,7 +89,8 @@ def main() -> None:
         configured = embed(model, SENTENCES)
         del model.config.is_causal
         moved = [f"{(other - embedded).abs().max().item():<8.0e}" for other in (alone, turned, configured, first)]
-        print(f"{name:15} {reach(model):<7.1f} {reach(model, is_causal=False):<16.1f}", *moved)
+        row = f"{name:15} {attnreg.get_attn_implementation(model)!s:15}"
+        print(f"{row} {reach(model):<7.0e} {reach(model, is_causal=False):<16.1f}", *moved)
     same = storage == [weight.data_ptr() for weight in model.parameters()]
     print(f"\nthe parameters are where they were: {same}")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
@@ -19,7 +20,10 @@ import torch
 from einops import rearrange
 from torch import nn
 
+import attnreg
 from attnreg.nn import AttentionLayer
+
+SETTINGS = {"steps": 1000, "context": 128, "width": 128, "layers": 3, "batch": 16}
 
 
 class Point(NamedTuple):
@@ -203,18 +207,41 @@ def plot(file: Path, curve: list[Point], lines: dict[str, float], title: str) ->
     figure.savefig(file, dpi=150)
 
 
+def check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
+    """Refuse, before the training and not after it, what cannot work."""
+    for name in SETTINGS:
+        if getattr(asked, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if asked.width % 32:
+        parser.error("--width must be a multiple of 32, the width of a head")
+    if not asked.lr > 0:
+        parser.error("--lr must be more than 0")
+    if asked.plot and not (asked.plot.suffix == ".png" and asked.plot.parent.is_dir()):
+        parser.error("--plot must be the name of a .png file in a folder that exists")
+    if asked.plot and find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install 'attnreg[plot]'")
+    try:
+        with attnreg.use(asked.backend):
+            pass
+    except attnreg.AttnregError as error:
+        parser.error(f"--backend: {error}")
+
+
 def main() -> None:
     """Train, compare with the baselines, and sample."""
     parser = argparse.ArgumentParser(description="Train a character model on Python's documentation.")
     parser.add_argument("--backend", default="auto", help="a name of `attnreg list`, or auto")
     parser.add_argument("--plot", type=Path, help="file for the loss curve, such as loss.png")
     parser.add_argument("--lr", type=float, default=3e-3)
-    for name, default in {"steps": 1000, "context": 128, "width": 128, "layers": 3, "batch": 16}.items():
+    for name, default in SETTINGS.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
+    check(parser, asked)
 
     torch.manual_seed(0)
     parts = corpus()
+    if asked.context >= len(parts[1]):
+        parser.error(f"--context must be less than the {len(parts[1])} characters held out")
     alphabet = sorted(set("".join(parts)))
     text, held_out = (torch.tensor([alphabet.index(character) for character in part]) for part in parts)
     model = CharacterModel(len(alphabet), asked.width, asked.layers, asked.backend)

@@ -22,6 +22,7 @@ import attnreg
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIDE, PATCH, WIDTH, HEADS = 16, 4, 128, 4
+SETTINGS = {"steps": 1500, "layers": 3, "batch": 64, "images": 200}
 
 
 def digits(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,7 +122,8 @@ def train(model: nn.Module, steps: int, batch: int) -> list[float]:
     """Fit velocities on straight lines from noise to images; return the loss of each step."""
     images, labels = digits(5000)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05, cycle_momentum=False)
+    warmup = max(0.05, min(1.5 / steps, 0.7))  # more than one step, or OneCycleLR may divide by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=warmup, cycle_momentum=False)
     losses = []
     for _ in range(steps):
         chosen = torch.randint(len(images), (batch,))
@@ -164,14 +166,31 @@ def sheet(real: torch.Tensor, generated: torch.Tensor) -> Image.Image:
     return image.resize((4 * width, 4 * height), Image.Resampling.NEAREST)
 
 
+def check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
+    """Refuse, before the training and not after it, what cannot work."""
+    for name in SETTINGS:
+        if getattr(asked, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if asked.picture and asked.images % 10:
+        parser.error("--picture shows ten digits in a row, so --images must be a multiple of 10")
+    if asked.picture and not (asked.picture.suffix == ".png" and asked.picture.parent.is_dir()):
+        parser.error("--picture must be the name of a .png file in a folder that exists")
+    try:
+        with attnreg.use(asked.backend):
+            pass
+    except attnreg.AttnregError as error:
+        parser.error(f"--backend: {error}")
+
+
 def main() -> None:
     """Train, draw digits, compare backends, and say how many digits can be recognised."""
     parser = argparse.ArgumentParser(description="Train a diffusion transformer on captioned digits.")
     parser.add_argument("--backend", default="auto", help="a name of `attnreg list`, or auto")
     parser.add_argument("--picture", type=Path, help="file for real and generated digits, such as digits.png")
-    for name, default in {"steps": 1500, "layers": 3, "batch": 64, "images": 200}.items():
+    for name, default in SETTINGS.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
+    check(parser, asked)
 
     torch.manual_seed(0)
     model, begun = DiffusionTransformer(asked.layers), time.perf_counter()
@@ -186,9 +205,10 @@ def main() -> None:
         images = draw(model, noise, captions(labels))
         longer = draw(model, noise, captions(labels, 8))
     print(f"captions padded to 8 letters in place of 5 change pixels by {(longer - images).abs().max():.0e}")
-    for name in ("eager", "sdpa"):
+    others = [name for name in ("eager", "sdpa_math", "flex_attention") if name != asked.backend]
+    for name in others:  # none of them is what auto chooses here, which is sdpa
         with attnreg.use(name):
-            print(f"{name:5} changes pixels by {(draw(model, noise, captions(labels)) - images).abs().max():.0e}")
+            print(f"{name:14} changes pixels by {(draw(model, noise, captions(labels)) - images).abs().max():.0e}")
     real, theirs = digits(200)
     print(f"recognised by the nearest neighbour: {right(images, labels):.0%} of generated digits, ", end="")
     print(f"{right(real, theirs):.0%} of real ones")

@@ -31,6 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Switch the attention backend of a model while it runs.")
     parser.add_argument("--repeats", type=int, default=10, help="forward passes of which the median time is taken")
     asked = parser.parse_args()
+    if asked.repeats < 1:
+        parser.error("--repeats must be at least 1")
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     model = AutoModel.from_pretrained(MODEL_DIR).eval()
@@ -46,7 +48,7 @@ def main() -> None:
     first = embed()
     request = attnreg.Request(device="cpu", dtype="float32", structures=frozenset({"bidirectional", "padding"}))
     able = [each.name for each in attnreg.explain(request).candidates if not each.reasons]
-    print("backend         switched in  a forward pass  ferry and boats  ferry and piano  differs by")
+    print("backend         runs on         switched in  a forward pass  ferry and boats  ferry and piano  differs by")
     for name in able:
         begun = time.perf_counter()
         attnreg.set_attn_implementation(model, name)
@@ -59,8 +61,8 @@ def main() -> None:
             times.append((time.perf_counter() - begun) * 1e3)
         boats, piano = (embeddings[0] @ embeddings[1:].T).tolist()
         difference = float((embeddings - first).abs().max())
-        row = f"{name:15} {switched:8.1f} ms  {statistics.median(times):11.1f} ms  {boats:15.4f}  {piano:15.4f}"
-        print(f"{row}  {difference:10.0e}")
+        row = f"{name:15} {attnreg.get_attn_implementation(model)!s:15} {switched:8.1f} ms"
+        print(f"{row}  {statistics.median(times):11.1f} ms  {boats:15.4f}  {piano:15.4f}  {difference:10.0e}")
     same = storage == [weight.data_ptr() for weight in model.parameters()]
     print(f"the {len(storage)} parameters are where they were: {same}")
 

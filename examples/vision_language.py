@@ -60,13 +60,16 @@ def main() -> None:
         {"vision_config": asked.vision, "text_config": asked.text},
     ]
     for wish in wishes:
-        attnreg.set_attn_implementation(model, wish)
+        try:
+            attnreg.set_attn_implementation(model, wish)
+        except attnreg.AttnregError as error:
+            parser.exit(2, f"\nasked for           {wish}\n{type(error).__name__}: {error}\n")
         difference = float((logits(model, inputs) - expected).abs().max())
         print(f"\nasked for           {wish}")
         print(f"runs on             {attnreg.get_attn_implementation(model)}")
         print(f"differs by          {difference:.0e}")
 
-    before = attnreg.get_attn_implementation(model)
+    before, scores = attnreg.get_attn_implementation(model), logits(model, inputs)
     wrong: list[dict[str, str]] = [
         {"vison_config": "sdpa"},
         {"vision_config": "sdap"},
@@ -78,7 +81,8 @@ def main() -> None:
         except attnreg.AttnregError as error:
             print(f"\nasked for           {wish}")
             print(f"{type(error).__name__}: {error}")
-    print(f"\nunchanged           {attnreg.get_attn_implementation(model) == before}")
+    print(f"\nunchanged names     {attnreg.get_attn_implementation(model) == before}")
+    print(f"unchanged scores    {logits(model, inputs).equal(scores)}")
 
 
 if __name__ == "__main__":
