@@ -21,6 +21,8 @@ from attnreg import (
     get_attn_implementation,
     set_attn_implementation,
 )
+from attnreg.integrations import torch_modules
+
 
 HIDDEN = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
 
@@ -515,3 +517,19 @@ def test_needs_are_read_off_weights() -> None:
     )
     set_attn_implementation(module, "one")
     assert get_attn_implementation(module) == "one"
+
+
+def test_classes_derived_from_those_of_transformers() -> None:
+    """One host serves a module: that of transformers if its code still looks functions up, else this one."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    class Both(LlamaAttention):
+        def forward(self, *args, **kwargs):
+            heads = super().forward(*args, **kwargs)[0]
+            return functional.scaled_dot_product_attention(heads, heads, heads), None
+
+    class Own(LlamaAttention):
+        def forward(self, heads):
+            return functional.scaled_dot_product_attention(heads, heads, heads), None
+
+    assert [torch_modules._attends(kind) for kind in (LlamaAttention, Both, Own)] == [False, False, True]
