@@ -23,7 +23,6 @@ from attnreg import (
 )
 from attnreg.integrations import torch_modules
 
-
 HIDDEN = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
 
 
