@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("kernels_on_cpu")
 
 MODELS = [
     *(tiny.flux, tiny.wan, tiny.qwen_image, tiny.unet, tiny.masked_unet, tiny.added_kv_unet),
-    *(tiny.vae, tiny.sd3, tiny.ltx, tiny.hunyuan_video),
+    *(tiny.vae, tiny.cosmos_vae, tiny.sd3, tiny.ltx, tiny.hunyuan_video),
 ]
 FOREIGN = ["flash_attention_2", "flash_attention_4", "sage_attention", "xformers"]
 FLOATING = {tiny.masked_unet, tiny.ltx}
@@ -98,7 +98,7 @@ def test_kernels_that_are_references_here(make, name) -> None:
     native = (run(model, inputs) - exact).pow(2).mean().sqrt()
     backend = on_the_cpu(name)
     give(model, backend)
-    if name != "xformers" and make in {*FLOATING, tiny.hunyuan_video}:
+    if name != "xformers" and make in {*FLOATING, tiny.hunyuan_video, tiny.cosmos_vae}:
         with pytest.raises(UnsupportedError) as caught:
             run(model, inputs)
         codes = ["mask", "position_bias"] if make in FLOATING else ["mask"]
@@ -454,3 +454,88 @@ def test_autocast() -> None:
         expected = run(model, inputs)
         set_attn_implementation(model, "sdpa")
         assert torch.equal(run(model, inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "counting"])
+def test_processors_that_are_modules(name) -> None:
+    """IP-Adapter's processors are no parts, and are handed every argument that they take, as masks of the image."""
+    calls = []
+
+    def attention(*args, **kwargs):
+        calls.append(args)
+        return attnreg.get("eager").call(*args, **kwargs)
+
+    eager = attnreg.get("eager")
+    attnreg.AttentionInterface.register("counting", attention, mask=eager.mask, supports=eager.supports)
+    torch.manual_seed(0)
+    attn = attention_processor.Attention(query_dim=16, cross_attention_dim=12, heads=2, dim_head=8).eval()
+    attn.set_processor(attention_processor.IPAdapterAttnProcessor2_0(16, 12, (2,), 1.0))
+    text = torch.randn(2, 7, 12), [torch.randn(2, 1, 2, 12)]
+    given = {"hidden_states": torch.randn(2, 16, 16), "encoder_hidden_states": text}
+    masked = {**given, "ip_adapter_masks": [torch.rand(1, 1, 4, 4)]}
+    with torch.no_grad():
+        expected, unmasked = attn(**masked), attn(**given)
+        model = torch.nn.ModuleDict({"attn": attn})
+        set_attn_implementation(model, name)
+        assert [part.path for part in bridge.HOST.parts(model)] == ["attn"]
+        torch.testing.assert_close(attn(**masked), expected)
+    assert not torch.allclose(expected, unmasked)
+    assert len(calls) == (2 if name == "counting" else 0)  # the text and the image
+
+
+def test_sd3_with_an_ip_adapter() -> None:
+    """What joint_attention_kwargs hand to the processors arrives."""
+    model, inputs = made(tiny.sd3)
+    for block in model.transformer_blocks:
+        block.attn.set_processor(
+            attention_processor.SD3IPAdapterJointAttnProcessor2_0(
+                hidden_size=16, ip_hidden_states_dim=16, head_dim=8, timesteps_emb_dim=16, scale=1.0
+            )
+        )
+    model.eval()
+    given = {
+        **inputs,
+        "joint_attention_kwargs": {"ip_hidden_states": torch.randn(2, 3, 16), "temb": torch.randn(2, 16)},
+    }
+    expected, without = run(model, given), run(model, inputs)
+    set_attn_implementation(model, "eager")
+    torch.testing.assert_close(run(model, given), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, without)
+
+
+@pytest.mark.parametrize("change", ["set_attn_processor", "set_default_attn_processor", "set_attention_slice"])
+def test_a_processor_that_goes_past_the_backend(change) -> None:
+    """One that is put in after the backend was set, by the user or by diffusers, raises when it is called."""
+    model, inputs = made(tiny.unet)
+    expected = run(model, inputs)
+    set_attn_implementation(model, "eager")
+    argument = {"set_attn_processor": (attention_processor.AttnProcessor(),), "set_attention_slice": (1,)}
+    getattr(model, change)(*argument.get(change, ()))
+    name = "SlicedAttnProcessor" if change == "set_attention_slice" else "AttnProcessor"
+    assert get_attn_implementation(model) == f"diffusers:{name}"
+    with pytest.raises(BridgeError, match=rf"another processor since .* its processor .*\.{name} computes attention"):
+        run(model, inputs)
+    bridge.reset(model)
+    torch.testing.assert_close(run(model, inputs), expected, rtol=1e-5, atol=1e-5)
+    model.set_attn_processor(attention_processor.AttnProcessor2_0())
+    set_attn_implementation(model, "eager")
+    assert get_attn_implementation(model) == "eager"
+
+
+@pytest.mark.parametrize("kept_by", ["diffusers", "the user"])
+def test_processors_that_are_kept_aside(kept_by) -> None:
+    """Processors that are out of the model while it is reset come back as they were."""
+    model, _ = made(tiny.flux)
+    set_attn_implementation(model, "eager")
+    processors = dict(model.attn_processors)
+    if kept_by == "diffusers":
+        model.fuse_qkv_projections()
+        bridge.reset(model)
+        model.unfuse_qkv_projections()
+    else:
+        model.set_attn_processor(FluxAttnProcessor())
+        bridge.reset(model)
+        model.set_attn_processor(dict(processors))
+    assert all(model.attn_processors[path] is each and vars(each) == {} for path, each in processors.items())
+    with attention_dispatch.attention_backend("_native_math"):
+        assert get_attn_implementation(model) == "diffusers:_native_math"

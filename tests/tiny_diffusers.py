@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLCosmos,
     FluxTransformer2DModel,
     HunyuanVideoTransformer3DModel,
     LTXVideoTransformer3DModel,
@@ -143,6 +144,21 @@ def vae():
         norm_num_groups=4,
     )
     return model, {"sample": torch.randn(2, 3, 8, 8)}
+
+
+def cosmos_vae():
+    """Modules whose heads have a third name, with processors for space and time; causal masks of frames by frames."""
+    model = AutoencoderKLCosmos(
+        latent_channels=4,
+        encoder_block_out_channels=(8, 16),
+        decode_block_out_channels=(8, 16),
+        attention_resolutions=(8,),
+        resolution=32,
+        num_layers=1,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+    )
+    return model, {"sample": torch.randn(1, 3, 9, 16, 16)}
 
 
 def sd3():

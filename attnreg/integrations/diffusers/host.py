@@ -10,7 +10,7 @@ import torch
 from attnreg.default import default_registry
 from attnreg.errors import BridgeError
 from attnreg.integrations import torch_modules
-from attnreg.integrations.diffusers.modules import attends, needs_of, own_name, strays, trouble
+from attnreg.integrations.diffusers.modules import attends, goes_past, needs_of, own_name, strays, trouble
 from attnreg.integrations.diffusers.pins import ATTRIBUTE, active, chosen_by_user, pin, unpin
 from attnreg.integrations.service import backend_of, check_class, own_class, prepared, release
 from attnreg.models.parts import Part
@@ -41,8 +41,8 @@ class Diffusers:
 
     def implementation(self, part: Part) -> str:
         """Return the backend's name, or `diffusers:native` and the like."""
-        backend = backend_of(part.module)
-        if backend is None or chosen_by_user(getattr(part.module, "processor", None)):
+        backend, processor = backend_of(part.module), getattr(part.module, "processor", None)
+        if backend is None or chosen_by_user(processor) or (processor is not None and goes_past(type(processor))):
             return f"diffusers:{own_name(part.module)}"
         return backend.name
 
@@ -99,6 +99,12 @@ def goes_its_own_way(module: torch.nn.Module) -> bool:
     processor = getattr(module, "processor", None)
     if chosen_by_user(processor):
         return True
+    if processor is not None and goes_past(type(processor)):
+        found, remedy = trouble(module) or ("", "")
+        name = f"a module of the class {type(module).__name__}"
+        problem = f"{name} has another processor since it was given a backend, and {found}"
+        remedy = f"{remedy} attnreg.integrations.diffusers.reset takes all backends back."
+        raise BridgeError("diffusers", problem, remedy)
     if getattr(processor, "_parallel_config", None) is not None:
         problem = f"the processor of a {type(module).__name__} splits attention over devices, past any backend"
         raise BridgeError("diffusers", problem, "Put diffusers' own implementation back before enable_parallelism.")
@@ -135,7 +141,7 @@ def speaks_for_itself(module: torch.nn.Module) -> bool:
     """Whether how a module attends is its own matter, also where it is called by another one that a backend serves."""
     if not own_class(module).__module__.startswith("diffusers."):
         return torch_modules.speaks_for_itself(module)
-    return attends(module) and "Processor" not in type(module).__name__  # a processor attends for its module
+    return attends(module)
 
 
 def _classes(backends: Mapping[torch.nn.Module, Backend | None]) -> dict[torch.nn.Module, type | None]:

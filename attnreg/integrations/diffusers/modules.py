@@ -11,6 +11,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from attnreg.capabilities import Request
 from attnreg.integrations.attending import calls, methods_of
 from attnreg.integrations.diffusers.pins import ATTRIBUTE, active, said, said_before
+from attnreg.integrations.service import own_class
 
 SDPA: Final = "scaled_dot_product_attention"
 DISPATCH: Final = "dispatch_attention_fn"
@@ -32,16 +33,22 @@ _LINEAR: Final = frozenset(
     }
 )
 """diffusers' processors without a softmax."""
+_HEADS: Final = ("heads", "num_heads", "num_attention_heads")
 _known: Final[dict[type, frozenset[str]]] = {}
 """What the code of a class calls; see `_called`."""
+_past: Final[dict[type, bool]] = {}
+"""Whether a class of processors goes past any backend; see `goes_past`."""
 
 
 def attends(module: torch.nn.Module) -> bool:
-    """Whether the module attends: with a processor, or as one of diffusers' that calls torch's function itself."""
-    processor = getattr(module, "processor", None)
-    if callable(processor) and any(hasattr(module, name) for name in ("set_processor", "heads", "num_heads")):
+    """Whether the module attends: with a processor, or as one of diffusers' that calls torch's function itself.
+
+    A processor that is a module is none: it attends for the module that has it, which reads its signature.
+    """
+    kind, processor = own_class(module), getattr(module, "processor", None)
+    if callable(processor) and any(hasattr(module, name) for name in ("set_processor", *_HEADS)):
         return type(processor).__name__ not in _LINEAR
-    return type(module).__module__.startswith("diffusers.") and SDPA in _called(type(module))
+    return kind.__module__.startswith("diffusers.") and "Processor" not in kind.__name__ and SDPA in _called(kind)
 
 
 def trouble(module: torch.nn.Module) -> tuple[str, str] | None:
@@ -49,22 +56,40 @@ def trouble(module: torch.nn.Module) -> tuple[str, str] | None:
     processor = getattr(module, "processor", None)
     if processor is None:
         return None
-    kind, called = type(processor), _called(type(processor))
-    name = f"its processor {kind.__module__}.{kind.__qualname__}"
+    if found := _trouble_with(type(processor)):
+        return found
+    if getattr(processor, "_parallel_config", None) is not None:
+        return f"{_named(type(processor))} splits attention over devices", "Do without enable_parallelism."
+    return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def goes_past(kind: type) -> bool:
+    """Whether processors of a class attend past any backend, or not at all; asked at each call."""
+    if kind not in _past:
+        _past[kind] = _trouble_with(kind) is not None
+    return _past[kind]
+
+
+def _trouble_with(kind: type) -> tuple[str, str] | None:
+    """Say why no backend can serve modules with processors of a class, and what to do about it."""
+    called, name = _called(kind), _named(kind)
     if elsewhere := called & _ELSEWHERE:
         problem = f"{name} attends past {SDPA}, with {', '.join(sorted(elsewhere))}"
     elif not called:
         problem = f"{name} computes attention itself, not with {SDPA} or {DISPATCH}"
     elif (only := getattr(kind, ATTRIBUTE, None)) not in (None, "native"):
         problem = f"{name} is made for diffusers' backend {str(only)!r}"
-    elif getattr(processor, "_parallel_config", None) is not None:
-        return f"{name} splits attention over devices", "Do without enable_parallelism."
     else:
         return None
     twin = f"{kind.__name__}2_0"
     if kind.__module__ == attention_processor.__name__ and hasattr(attention_processor, twin):
         return problem, f"Give the module the processor {twin} (set_processor), or leave it out."
     return problem, "Leave the module out: name other parts of the model in a dictionary."
+
+
+def _named(kind: type) -> str:
+    return f"its processor {kind.__module__}.{kind.__qualname__}"
 
 
 def own_name(module: torch.nn.Module) -> str:
@@ -93,7 +118,7 @@ def _dispatches(kind: type) -> bool:
 
 def needs_of(module: torch.nn.Module) -> Request:
     """Return what calls of the module need, as far as it tells; an offloaded module does not tell its device."""
-    heads = _number(module, "heads", "num_heads")
+    heads = _number(module, *_HEADS)
     inner = _number(module, "inner_dim")
     head_dim = _number(module, "head_dim", "dim_head")
     if head_dim is None and heads and inner and inner % heads == 0:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
 ATTRIBUTE: Final = "_attention_backend"
+_KEPT: Final = "_attnreg_pinned"
+"""Where a module that is served keeps the processors that were pinned for it."""
 
 
 class Pinned(str):
@@ -36,19 +38,25 @@ class Pinned(str):
 def pin(module: torch.nn.Module) -> None:
     """Have the module's processor dispatch to `native`; those that never dispatch elsewhere are left alone."""
     processor = getattr(module, "processor", None)
-    if hasattr(processor, ATTRIBUTE) and not isinstance(said(processor), Pinned):
+    if not hasattr(processor, ATTRIBUTE):
+        return
+    if not isinstance(said(processor), Pinned):
         own = vars(processor)
         setattr(processor, ATTRIBUTE, Pinned((own[ATTRIBUTE],) if ATTRIBUTE in own else ()))
+    # diffusers keeps processors aside and puts them back, as around fused projections.
+    kept = vars(module).setdefault(_KEPT, [])
+    if not any(each is processor for each in kept):
+        kept.append(processor)
 
 
 def unpin(module: torch.nn.Module) -> None:
-    """Have the processor say again what it said before."""
-    processor = getattr(module, "processor", None)
-    if isinstance(pinned := said(processor), Pinned):
-        if pinned.own:
-            setattr(processor, ATTRIBUTE, pinned.own[0])
-        else:
-            delattr(processor, ATTRIBUTE)
+    """Have the processor say again what it said before, and those that the module had since it was served."""
+    for processor in (*vars(module).pop(_KEPT, ()), getattr(module, "processor", None)):
+        if isinstance(pinned := said(processor), Pinned):
+            if pinned.own:
+                setattr(processor, ATTRIBUTE, pinned.own[0])
+            else:
+                delattr(processor, ATTRIBUTE)
 
 
 def said(processor: Any) -> Any:
