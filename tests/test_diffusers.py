@@ -539,3 +539,38 @@ def test_processors_that_are_kept_aside(kept_by) -> None:
     assert all(model.attn_processors[path] is each and vars(each) == {} for path, each in processors.items())
     with attention_dispatch.attention_backend("_native_math"):
         assert get_attn_implementation(model) == "diffusers:_native_math"
+
+
+class MyModule(torch.nn.Module):
+    """A processor of one's own that is a module, takes an argument of its own, and attends with torch's function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(16))
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, shift=0.0):
+        heads = (hidden_states * self.scale)[:, None]
+        return torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)[:, 0] + shift
+
+
+def test_a_processor_of_ones_own_that_is_a_module() -> None:
+    """It attends for the module that has it: that one's backend answers, and its arguments arrive."""
+    calls = []
+
+    def attention(*args, **kwargs):
+        calls.append(args)
+        return sdpa.call(*args, **kwargs)
+
+    sdpa = attnreg.get("sdpa")
+    counting = attnreg.Backend(name="counting", attention=attention, mask=sdpa.mask, supports=sdpa.supports)
+    attn = attention_processor.Attention(query_dim=16, heads=2, dim_head=8).eval()
+    attn.set_processor(MyModule())
+    model, states = torch.nn.ModuleDict({"attn": attn}), torch.randn(1, 4, 16)
+    with torch.no_grad():
+        expected = attn(states, shift=5.0)
+        give(model, counting)
+        torch.testing.assert_close(attn(states, shift=5.0), expected)
+        assert len(calls) == 1
+        bridge.reset(model)
+        assert torch.equal(attn(states, shift=5.0), expected)
+    assert len(calls) == 1

@@ -10,7 +10,7 @@ import torch
 from attnreg.default import default_registry
 from attnreg.errors import BridgeError
 from attnreg.integrations import torch_modules
-from attnreg.integrations.diffusers.modules import attends, goes_past, needs_of, own_name, strays, trouble
+from attnreg.integrations.diffusers.modules import attends, goes_past, is_processor, needs_of, own_name, strays, trouble
 from attnreg.integrations.diffusers.pins import ATTRIBUTE, active, chosen_by_user, pin, unpin
 from attnreg.integrations.service import backend_of, check_class, own_class, prepared, release
 from attnreg.models.parts import Part
@@ -42,7 +42,7 @@ class Diffusers:
     def implementation(self, part: Part) -> str:
         """Return the backend's name, or `diffusers:native` and the like."""
         backend, processor = backend_of(part.module), getattr(part.module, "processor", None)
-        if backend is None or chosen_by_user(processor) or (processor is not None and goes_past(type(processor))):
+        if backend is None or chosen_by_user(processor) or (processor is not None and goes_past(own_class(processor))):
             return f"diffusers:{own_name(part.module)}"
         return backend.name
 
@@ -99,7 +99,7 @@ def goes_its_own_way(module: torch.nn.Module) -> bool:
     processor = getattr(module, "processor", None)
     if chosen_by_user(processor):
         return True
-    if processor is not None and goes_past(type(processor)):
+    if processor is not None and goes_past(own_class(processor)):
         found, remedy = trouble(module) or ("", "")
         name = f"a module of the class {type(module).__name__}"
         problem = f"{name} has another processor since it was given a backend, and {found}"
@@ -139,8 +139,9 @@ def _roots(model: Any) -> Iterable[torch.nn.Module]:
 
 def speaks_for_itself(module: torch.nn.Module) -> bool:
     """Whether how a module attends is its own matter, also where it is called by another one that a backend serves."""
-    if not own_class(module).__module__.startswith("diffusers."):
-        return torch_modules.speaks_for_itself(module)
+    kind = own_class(module)
+    if not kind.__module__.startswith("diffusers."):
+        return not is_processor(kind) and torch_modules.speaks_for_itself(module)
     return attends(module)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Final
 
 import torch
@@ -36,6 +37,8 @@ _LINEAR: Final = frozenset(
 _HEADS: Final = ("heads", "num_heads", "num_attention_heads")
 _known: Final[dict[type, frozenset[str]]] = {}
 """What the code of a class calls; see `_called`."""
+_processors: Final[dict[type, bool]] = {}
+"""Whether a class is one of processors; see `is_processor`."""
 _past: Final[dict[type, bool]] = {}
 """Whether a class of processors goes past any backend; see `goes_past`."""
 
@@ -48,7 +51,17 @@ def attends(module: torch.nn.Module) -> bool:
     kind, processor = own_class(module), getattr(module, "processor", None)
     if callable(processor) and any(hasattr(module, name) for name in ("set_processor", *_HEADS)):
         return type(processor).__name__ not in _LINEAR
-    return kind.__module__.startswith("diffusers.") and "Processor" not in kind.__name__ and SDPA in _called(kind)
+    return kind.__module__.startswith("diffusers.") and not is_processor(kind) and SDPA in _called(kind)
+
+
+def is_processor(kind: type) -> bool:
+    """Whether modules of a class attend for another one, which calls them and hands itself over, as diffusers' does."""
+    if kind not in _processors:
+        call: Any = kind.__call__
+        call = getattr(kind, "forward", call) if call is torch.nn.Module.__call__ else call
+        code = getattr(inspect.unwrap(call), "__code__", None)
+        _processors[kind] = code is not None and code.co_varnames[1 : code.co_argcount][:1] == ("attn",)
+    return _processors[kind]
 
 
 def trouble(module: torch.nn.Module) -> tuple[str, str] | None:
@@ -56,7 +69,7 @@ def trouble(module: torch.nn.Module) -> tuple[str, str] | None:
     processor = getattr(module, "processor", None)
     if processor is None:
         return None
-    if found := _trouble_with(type(processor)):
+    if found := _trouble_with(own_class(processor)):
         return found
     if getattr(processor, "_parallel_config", None) is not None:
         return f"{_named(type(processor))} splits attention over devices", "Do without enable_parallelism."
@@ -99,7 +112,7 @@ def own_name(module: torch.nn.Module) -> str:
         return "native"
     if (before := said_before(processor)) is not None:
         return before
-    called = _called(type(processor))
+    called = _called(own_class(processor))
     if hasattr(processor, ATTRIBUTE) or DISPATCH in called:
         return active()
     return "native" if SDPA in called else type(processor).__name__
@@ -108,7 +121,7 @@ def own_name(module: torch.nn.Module) -> str:
 def strays(processor: Any) -> bool:
     """Whether calls of a processor leave `native`, because it says nothing, or does not always ask itself."""
     asks_itself = said(processor) is not None and type(processor).__name__ not in FOLLOWERS
-    return not asks_itself and active() != "native" and bool(_dispatches(type(processor)))
+    return not asks_itself and active() != "native" and bool(_dispatches(own_class(processor)))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
