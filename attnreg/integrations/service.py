@@ -8,6 +8,7 @@ parameters and hooks are as they were, and giving its class back leaves no trace
 from __future__ import annotations
 
 import functools
+import inspect
 from abc import ABCMeta
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -169,6 +170,8 @@ def _derived(own: Any, service: Service) -> type:
         with _redirected(self, service):
             return call(self, *args, **kwargs)
 
+    if attends_in_call:  # libraries read off its signature which arguments it takes
+        called.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
     body = {
         "__call__": called,
         "forward": _forward(own, must_attend=service.must_attend and not attends_in_call),

@@ -44,11 +44,12 @@ class TorchModules:
     name = "torch"
 
     def parts(self, model: torch.nn.Module) -> list[Part]:
-        """Return every module whose own code calls the function."""
+        """Return every module whose own code calls the function; a processor of diffusers' is its holder's."""
+        processors = {each._modules.get("processor") for each in model.modules()}  # noqa: SLF001 - torch's own word
         return [
             Part(path=path, module=module, host=self, needs=_needs_of(module))
             for path, module in model.named_modules()
-            if _attends(own_class(module))
+            if _attends(own_class(module)) and module not in processors
         ]
 
     def unreached(self, model: torch.nn.Module) -> str:
