@@ -412,12 +412,12 @@ def drawn_on_the_page() -> dict[str, str]:
 
 
 def test_pictures_of_the_page() -> None:
-    """Each picture in docs/masks.md is what the code above it draws now, and none besides but of benchmarks."""
+    """Each drawing in docs/masks.md is what the code above it draws now, and there is none besides but of benchmarks."""
     drawn = drawn_on_the_page()
     if UPDATE in os.environ:
         PICTURES.mkdir(exist_ok=True)
         for name, svg in drawn.items():
             (PICTURES / f"{name}.svg").write_text(svg, "utf-8")
-    assert {path.stem for path in PICTURES.iterdir() if not path.stem.startswith("bench-")} == set(drawn)
+    assert {path.stem for path in PICTURES.glob("*.svg") if not path.stem.startswith("bench-")} == set(drawn)
     for name, svg in drawn.items():
         assert (PICTURES / f"{name}.svg").read_text("utf-8") == svg, f"{name}: run with {UPDATE}=1"
