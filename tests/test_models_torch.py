@@ -11,7 +11,15 @@ import torch
 from torch.nn import functional
 
 import attnreg
-from attnreg import AttentionInterface, BridgeError, InvalidInputError, UnsupportedError, UnsupportedPartError, masks
+from attnreg import (
+    AttentionInterface,
+    BridgeError,
+    InvalidInputError,
+    UnsupportedError,
+    UnsupportedPartError,
+    masks,
+    nn,
+)
 
 
 class Attention(torch.nn.Module):
@@ -139,3 +147,30 @@ def test_torchs_own_modules_are_none() -> None:
     """`torch.nn.MultiheadAttention` goes past the function, so it is no part."""
     with pytest.raises(InvalidInputError, match="without attention whose backend can be chosen"):
         attnreg.set_attn_implementation(torch.nn.MultiheadAttention(32, 4), "sdpa")
+
+
+def test_a_module_has_one_host() -> None:
+    """A layer of attnreg's whose own code also calls torch's function is attnreg's, and nobody else's."""
+
+    class Both(nn.AttentionLayer):
+        def forward(self, hidden):
+            heads = hidden[:, None]
+            fast = functional.scaled_dot_product_attention(heads, heads, heads)
+            return (self.attend(heads, heads, heads, is_causal=False).transpose(1, 2) + fast)[:, 0]
+
+    layer = Both("eager")
+    model = torch.nn.Sequential(layer)
+    attnreg.set_attn_implementation(model, "sdpa")
+    assert attnreg.get_attn_implementation(model) == "sdpa"
+    assert type(layer) is Both
+    assert layer.attn_implementation == "sdpa"
+
+
+def test_what_one_host_refuses_changes_no_others_part() -> None:
+    """A refusal by the last host leaves the parts of the hosts before it as they were."""
+    model = torch.nn.ModuleDict({"ours": nn.SelfAttention(32, 4, attn_implementation="eager"), "plain": Attention()})
+    before = attnreg.get_attn_implementation(model)
+    assert before == {"ours": "eager", "plain": "torch:sdpa"}
+    with pytest.raises(BridgeError, match="no implementation 'torch:flash'"):
+        attnreg.set_attn_implementation(model, {"ours": "sdpa", "plain": "torch:flash"})
+    assert attnreg.get_attn_implementation(model) == before

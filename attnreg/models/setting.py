@@ -130,11 +130,13 @@ def _unreached(model: Any) -> Iterator[tuple[Host, str]]:
 
 
 def _roots(model: Any) -> list[tuple[torch.nn.Module, Host, list[Part]]]:
-    """Return every module with each host that has parts in it, and these."""
+    """Return every module with each host that has parts in it, and these; the first host that knows a part has it."""
     found = []
     for name, root in _modules(model).items():
+        taken: set[torch.nn.Module] = set()
         for host in _hosts():
-            parts = [_within(name, part) for part in host.parts(root)]
+            parts = [_within(name, part) for part in host.parts(root) if part.module not in taken]
+            taken.update(part.module for part in parts)
             if parts:
                 found.append((root, host, parts))
     return found
