@@ -34,9 +34,11 @@ LAYERS = (
     ("masks",),
     ("reference", "builtin"),
     ("compat", "functional"),
+    ("paged",),
     ("routing", "nn"),
     ("models", "testing", "bench"),
     ("integrations",),
+    ("serving",),
     ("cli",),
     ("__main__",),
 )
@@ -59,7 +61,7 @@ EXTERNAL = {
     "importlib_metadata": {"discovery"},
     "pluggy": {"loading"},
     "packaging": {"kernel"},
-    "transformers": {"integrations", "cli", "models"},
+    "transformers": {"integrations", "cli", "models", "serving"},
     "diffusers": {"integrations", "models"},
     "typer": {"cli"},
     "rich": {"cli"},
@@ -70,7 +72,7 @@ EXTERNAL = {
     "pytest": {"testing"},
     "torch": {
         *("masks", "reference", "builtin", "integrations", "cli", "guard", "fitting", "kernel"),
-        *("compat", "functional", "routing", "nn", "models", "testing", "bench"),
+        *("compat", "functional", "routing", "nn", "models", "testing", "bench", "paged", "serving"),
     },
 }
 """Who may import what from outside; `guard` and `fitting` do so inside functions, for a call that has tensors."""
