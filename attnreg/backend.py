@@ -10,7 +10,7 @@ from attnreg.capabilities import Capabilities, reasons
 from attnreg.errors import InvalidBackendError
 from attnreg.fitting import fit
 from attnreg.guard import guard
-from attnreg.naming import check_base
+from attnreg.naming import check_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,7 +133,7 @@ class Backend:
 
     def __post_init__(self) -> None:
         """Validate, and put the guard up."""
-        check_base(self.name)
+        check_name(self.name)
         check_attention(self.name, self.attention)
         check_mask(self.name, self.mask)
         check_supports(self.name, self.supports)

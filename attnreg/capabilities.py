@@ -65,7 +65,8 @@ class Capabilities:
         alibi: … `position_bias` where it is ALiBi: a slope for each head, times the distance of query and key.
         dropout: … `dropout`, a probability.
         packing: … `cu_seq_lens_q` and `cu_seq_lens_k` when it is handed no mask.
-        paged: … a paged key/value cache.
+        paged: … `block_table` and `cache_seqlens`, with keys and values in pages.
+        page_size_multiple: the tokens of a page must be a multiple of this.
         sparse: … `indices` and `block_indices`, the keys that each query selects.
         lse: can return the log-sum-exp of the scores.
         weights: can return the attention weights.
@@ -95,6 +96,7 @@ class Capabilities:
     dropout: bool = False
     packing: bool = False
     paged: bool = False
+    page_size_multiple: int = 1
     sparse: bool = False
     lse: bool = False
     weights: bool = False
@@ -121,7 +123,9 @@ class Capabilities:
         for dtype in self.dtypes or ():
             _check_word("a dtype", dtype, _DTYPE, "a torch dtype, such as float32 or bfloat16")
         _check_numbers(
-            self, at_least_one=("min_head_dim", "max_head_dim", "head_dim_multiple"), any_integer=("priority",)
+            self,
+            at_least_one=("min_head_dim", "max_head_dim", "head_dim_multiple", "page_size_multiple"),
+            any_integer=("priority",),
         )
         object.__setattr__(self, "on", tuple((device, _frozen(own)) for device, own in _pairs(self.on)))
         for device, _ in _pairs(self.on):
@@ -168,6 +172,7 @@ class Request:
     dropout: bool = False
     packing: bool = False
     paged: bool = False
+    page_size: int | None = None
     sparse: bool = False
     lse: bool = False
     weights: bool = False
@@ -184,7 +189,7 @@ class Request:
         _check_structures(self.structures)
         _check_word("device", self.device, _DEVICE, "a device type, such as cpu or cuda")
         _check_word("dtype", self.dtype, _DTYPE, "a torch dtype, such as float32 or bfloat16")
-        _check_numbers(self, at_least_one=("head_dim", "value_head_dim", "query_heads", "kv_heads"))
+        _check_numbers(self, at_least_one=("head_dim", "value_head_dim", "query_heads", "kv_heads", "page_size"))
         if self.query_heads is not None and self.kv_heads is not None and self.query_heads % self.kv_heads:
             heads = f"{self.query_heads} query heads on {self.kv_heads} key/value heads"
             raise InvalidInputError("the number of heads", heads, "query heads that are a multiple of the others")
@@ -257,6 +262,9 @@ def _features(supports: Capabilities, request: Request) -> Iterator[Reason]:
                 feature, wanted, "not declared", f"{fix} A backend that can says so: Capabilities({feature}=True)."
             )
 
+    if request.page_size is not None and supports.paged and request.page_size % supports.page_size_multiple:
+        sizes = f"multiples of {supports.page_size_multiple}"
+        yield Reason("page_size", f"pages of {request.page_size} tokens", sizes, "Choose another page size.")
     for group in supports.exclusive:
         if all(getattr(request, feature) or (feature == "position_bias" and request.alibi) for feature in group):
             names = [FEATURES[feature][0] for feature in group]
@@ -307,7 +315,9 @@ def _check_numbers(
     for field in (*at_least_one, *any_integer):
         number = getattr(record, field)
         wrong = isinstance(number, bool) or not isinstance(number, int) or (field in at_least_one and number < 1)
-        if wrong and not (number is None and field not in ("min_head_dim", "head_dim_multiple", "priority")):
+        if wrong and not (
+            number is None and field not in ("min_head_dim", "head_dim_multiple", "page_size_multiple", "priority")
+        ):
             raise InvalidInputError(
                 field, repr(number), "an integer" + (", 1 or more" if field in at_least_one else "")
             )

@@ -53,6 +53,18 @@ def check_base(name: object) -> str:
     return name
 
 
+def check_name(name: object) -> str:
+    """Return *name* if a record may bear it: a backend's name, with wrappers left of it or none."""
+    parsed = parse(name)
+    return name if isinstance(name, str) and parsed.wrappers else parsed.base
+
+
+def split(name: str) -> tuple[str, str]:
+    """Return what stands left of the last bar, the bar included, and what is right of it; `auto` may stand there."""
+    left, bar, base = name.rpartition("|")
+    return left + bar, base
+
+
 def is_revision(text: str) -> bool:
     """Whether *text* can be a revision: a revision becomes part of a path, which must not lead anywhere else."""
     return not text.startswith("-") and all(part.strip(".") for part in text.split("/"))

@@ -17,6 +17,7 @@ from attnreg.errors import (
     ApiMismatchError,
     AttnregError,
     InvalidBackendError,
+    InvalidNameError,
     MissingAttentionError,
     MissingMaskFormatterError,
     NameTakenError,
@@ -26,6 +27,7 @@ from attnreg.errors import (
 )
 from attnreg.finder import Finder, NoFinder, Row
 from attnreg.naming import check_base, parse
+from attnreg.wrapping import check_wrappers, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -113,7 +115,14 @@ class Registry:
         return self._finder
 
     def __contains__(self, name: object) -> bool:
-        return name in self._ready or name in self.names()
+        if name in self._ready:
+            return True
+        try:
+            parsed = parse(name)
+            check_wrappers(str(name), parsed)
+        except (InvalidNameError, UnknownWrapperError):
+            return False
+        return parsed.base in self.names()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
@@ -178,24 +187,25 @@ class Registry:
     def changed(self, name: str) -> None:
         """*name* means something else from now on; the caller holds the lock."""
         self.generation += 1
-        self._ready.pop(name, None)
-        for listener in list(self._listeners):
-            listener.forget(name)
+        for each in [name, *(ready for ready in self._ready if ready.endswith(f"|{name}"))]:
+            self._ready.pop(each, None)
+            for listener in list(self._listeners):
+                listener.forget(each)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _resolve(self, name: object) -> Backend:
         parsed = parse(name)
-        if parsed.wrappers:
-            raise UnknownWrapperError(str(name), parsed.wrappers[0].name, ())
+        check_wrappers(str(name), parsed)
         while True:
             generation = self.generation
             backend = self._from_user(parsed.base) or self._from_finder(parsed.base)
             if backend is None:
                 raise UnknownBackendError(parsed.base, self.names(), self._unusable())
+            backend = wrapped(parsed, backend)
             with self.lock:
                 if generation == self.generation:
-                    return self._ready.setdefault(backend.name, backend)
+                    return self._ready.setdefault(str(name), backend)
 
     def _from_user(self, name: str) -> Backend | None:
         halves = self._halves.get(name)

@@ -24,7 +24,7 @@ LAYERS = (
     ("guard",),
     ("fitting",),
     ("backend",),
-    ("finder",),
+    ("finder", "wrapping"),
     ("registry", "discovery"),
     ("loading",),
     ("families",),

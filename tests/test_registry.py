@@ -118,9 +118,9 @@ def test_malformed_name(registry: Registry, name: object) -> None:
 def test_wrappers_are_never_ignored(registry: Registry) -> None:
     """A wrapper that nobody provides is an error; it does not fall off the name."""
     with pytest.raises(UnknownWrapperError) as caught:
-        registry.get("paged|sdpa")
+        registry.get("pagd|sdpa")
     assert str(caught.value) == (
-        "no wrapper is named 'paged', which 'paged|sdpa' asks for (wrappers: none). "
+        "no wrapper is named 'pagd', which 'pagd|sdpa' asks for; did you mean 'paged'? (wrappers: paged). "
         "Ask for the backend without it: 'sdpa'."
     )
 

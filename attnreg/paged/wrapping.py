@@ -1,0 +1,219 @@
+"""`paged|X`: backend X over a cache in pages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attnreg import Backend, Capabilities, InvalidInputError, InvalidMaskError
+from attnreg.builtin.inputs import check_window
+from attnreg.paged.attending import attend_pages
+from attnreg.paged.masking import PagedMask, paged_mask, stand_in
+from attnreg.paged.pages import Pages
+
+if TYPE_CHECKING:
+    from attnreg.paged.pages import Cache
+
+    Result = tuple[torch.Tensor, None] | tuple[torch.Tensor, None, torch.Tensor]
+
+
+def wrap(backend: Backend, args: str) -> Backend:
+    """Return `paged|X` for backend X.
+
+    Args:
+        backend: X.
+        args: what stands in brackets after `paged`; must be nothing.
+
+    Raises:
+        InvalidInputError: there are arguments.
+    """
+    if args:
+        raise InvalidInputError("the arguments of the wrapper 'paged'", repr(args), f"none: paged|{backend.name}")
+    return Backend(
+        name=f"paged|{backend.name}",
+        attention=PagedAttention(backend),
+        mask=paged_mask,
+        supports=supported(backend.supports),
+        kernel=backend.kernel,
+        origin=backend.origin,
+    )
+
+
+def supported(inner: Capabilities) -> Capabilities:
+    """Return what `paged|X` can do where X can do *inner*; pages have no gradients, dropout or biases."""
+    without = ("dropout", "position_bias", "alibi", "sparse", "weights")
+    gone = {*without, "backward"}
+    kept = {"softcap", "sinks", "lse", "priority"}
+    on: Any = {
+        device: {what: it for what, it in dict(own).items() if what in kept} for device, own in dict(inner.on).items()
+    }
+    gone_too: Any = dict.fromkeys(without, False)
+    return replace(
+        inner,
+        **gone_too,
+        structures=frozenset({"causal", "bidirectional", "sliding_window", "documents", "padding"}),
+        is_causal=True,
+        sliding_window=True,
+        packing=True,
+        paged=True,
+        page_size_multiple=1,
+        backward=False,
+        exclusive=tuple(group for group in inner.exclusive if gone.isdisjoint(group) and "paged" not in group),
+        on=on,
+    )
+
+
+class PagedAttention:
+    """The attention function of `paged|X`.
+
+    Attributes:
+        inner: X.
+    """
+
+    def __init__(self, inner: Backend) -> None:
+        self.inner = inner
+
+    def __repr__(self) -> str:
+        return f"<attention over pages by {self.inner.name}>"
+
+    def __call__(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: PagedMask | torch.Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        block_table: torch.Tensor | None = None,
+        cache_seqlens: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        is_causal: bool | None = None,
+        sliding_window: int | None = None,
+        **keywords: Any,
+    ) -> Result:
+        """Compute attention over pages; see `attnreg.AttentionFunction`. A sequence's queries are its last tokens.
+
+        There are two forms. With `cache`, query, key and value are a packed row of new tokens, `(1, heads, tokens,
+        head_dim)`, and the cache takes the keys and values in, for the layer `module.layer_idx`. With `block_table`,
+        key and value are pages, `(pages, kv_heads, page_size, head_dim)`, that hold everything already.
+
+        Args:
+            module: the calling module.
+            query: `(1, heads, tokens, head_dim)`, packed; or, with `block_table` and without `cu_seq_lens_q`,
+                `(sequences, heads, q_length, head_dim)`.
+            key: of the new tokens, or pages.
+            value: as key.
+            attention_mask: what `paged_mask` returned, and then the flags do not count; or None.
+            cache: takes keys and values in, and knows the pages.
+            block_table: int32 `(sequences, blocks)`, for each sequence its pages in order.
+            cache_seqlens: int32 `(sequences,)`, tokens of each, the queries' included.
+            cu_seq_lens_q: int32 `(sequences + 1,)`, where each one's queries begin, and where the last one's end.
+            max_length_q: queries of the longest; without it the device is asked.
+            max_length_k: tokens of the longest; without it the device is asked.
+            is_causal: the keyword.
+            sliding_window: the keyword.
+            **keywords: others of X's, such as `scaling`, `softcap`, `s_aux` and `return_lse`.
+
+        Returns:
+            The output, with the query's first axis and length, `(1, tokens, heads, value_head_dim)`, and None.
+
+        Raises:
+            InvalidInputError: neither a cache nor a block table, both, or shapes that do not fit.
+            InvalidMaskError: a mask that `paged_mask` did not return.
+        """
+        keywords |= _flags(attention_mask, query, is_causal=is_causal, sliding_window=sliding_window)
+        if cache is not None:
+            if block_table is not None or cache_seqlens is not None:
+                raise InvalidInputError("the pages", "a cache beside a block table", "one of the two")
+            return attend_pages(self.inner, module, query, cache.update(_layer(module), key, value), **keywords)
+        if block_table is None or cache_seqlens is None:
+            got = "neither cache nor block_table" if block_table is None is cache_seqlens else "half of a block table"
+            wanted = "cache=, as attnreg.serving.ContinuousBatcher gives it, or block_table= and cache_seqlens="
+            raise InvalidInputError(f"the call of paged|{self.inner.name}", got, wanted)
+        rows, _, length, _ = query.shape
+        if cu_seq_lens_q is None:
+            query = query.transpose(0, 1).flatten(1, 2)[None]
+            lengths: tuple[int, ...] = (length,) * rows
+            cu_seq_lens_q = torch.arange(rows + 1, dtype=torch.int32, device=query.device) * length
+        else:
+            lengths = tuple(cu_seq_lens_q.diff().tolist())
+            if rows != 1 or sum(lengths) > length:
+                got = f"{rows} rows of {length} tokens"
+                raise InvalidInputError("the query beside cu_seq_lens_q", got, f"one row of {sum(lengths)} tokens")
+        pages = _pages(key, value, block_table, cache_seqlens, cu_seq_lens_q, lengths, max_length_k)
+        if max_length_q is not None and max_length_q < pages.max_length_q:
+            raise InvalidInputError("max_length_q", str(max_length_q), f"{pages.max_length_q} or more")
+        result = attend_pages(self.inner, module, query, pages, **keywords)
+        return result if rows == 1 else _in_rows(result, rows)
+
+
+def _flags(
+    mask: PagedMask | torch.Tensor | None, query: torch.Tensor, *, is_causal: bool | None, sliding_window: int | None
+) -> dict[str, Any]:
+    if isinstance(mask, PagedMask):
+        return {"is_causal": mask.is_causal, "sliding_window": mask.sliding_window}
+    if mask is not None and mask is not stand_in(query.device):
+        got = f"a {type(mask).__name__}"
+        raise InvalidMaskError("the mask over pages", got, "what the formatter of this backend returns, or None")
+    if sliding_window is not None:
+        check_window(sliding_window)
+    return {"is_causal": is_causal, "sliding_window": sliding_window}
+
+
+def _layer(module: Any) -> int:
+    layer = getattr(module, "layer_idx", None)
+    if not isinstance(layer, int):
+        got = f"a {type(module).__name__} without layer_idx"
+        raise InvalidInputError(
+            "the module that attends with a cache", got, "one whose layer_idx says which layer it is"
+        )
+    return layer
+
+
+def _pages(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cu_seq_lens_q: torch.Tensor,
+    lengths_q: tuple[int, ...],
+    max_length_k: int | None,
+) -> Pages:
+    sequences = len(lengths_q)
+    _check("block_table", block_table, key, (sequences, *block_table.shape[1:2]))
+    _check("cache_seqlens", cache_seqlens, key, (sequences,))
+    lengths_k = tuple(cache_seqlens.tolist())
+    longest, room = max(lengths_k, default=0), block_table.shape[1] * key.shape[2]
+    if longest > room or any(tokens < queries for tokens, queries in zip(lengths_k, lengths_q, strict=True)):
+        got = f"lengths of {min(lengths_k)} to {longest}"
+        raise InvalidInputError("cache_seqlens", got, f"at least the queries' and at most {room}, which the table has")
+    return Pages(
+        key=key.transpose(1, 2),
+        value=value.transpose(1, 2),
+        block_table=block_table,
+        cache_seqlens=cache_seqlens,
+        cu_seq_lens_q=cu_seq_lens_q.to(torch.int32),
+        max_length_q=max(lengths_q, default=0),
+        max_length_k=longest if max_length_k is None else max(longest, max_length_k),
+        singles=next((place for place, one in enumerate(lengths_q) if one != 1), sequences),
+        lengths_q=lengths_q,
+        lengths_k=lengths_k,
+    )
+
+
+def _check(what: str, tensor: torch.Tensor, key: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.dtype is not torch.int32 or tuple(tensor.shape) != shape or tensor.device != key.device:
+        got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+        wanted = f"({shape[0]}, blocks)" if what == "block_table" else f"({shape[0]},)"
+        raise InvalidInputError(what, got, f"int32 {wanted} on {key.device}")
+
+
+def _in_rows(result: Any, rows: int) -> Result:
+    output, _, *lse = result
+    output = output[0].unflatten(0, (rows, -1))
+    return (output, None, lse[0][0].unflatten(1, (rows, -1)).transpose(0, 1)) if lse else (output, None)
