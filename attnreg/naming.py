@@ -59,10 +59,15 @@ def check_name(name: object) -> str:
     return name if isinstance(name, str) and parsed.wrappers else parsed.base
 
 
-def split(name: str) -> tuple[str, str]:
-    """Return what stands left of the last bar, the bar included, and what is right of it; `auto` may stand there."""
-    left, bar, base = name.rpartition("|")
-    return left + bar, base
+def left_of(name: str) -> str:
+    """Return what stands left of the base, the last bar included: `paged|`, or nothing."""
+    left, bar, _ = name.rpartition("|")
+    return left + bar
+
+
+def is_automatic(name: str) -> bool:
+    """Whether *name* asks for the best backend, with wrappers left of it or none."""
+    return name.rpartition("|")[2] == AUTO
 
 
 def is_revision(text: str) -> bool:
@@ -70,8 +75,8 @@ def is_revision(text: str) -> bool:
     return not text.startswith("-") and all(part.strip(".") for part in text.split("/"))
 
 
-def parse(name: object) -> ParsedName:
-    """Take *name* apart, or raise `InvalidNameError`."""
+def parse(name: object, *, automatic: bool = False) -> ParsedName:
+    """Take *name* apart, or raise `InvalidNameError`; with *automatic*, its base may be `auto`."""
     if not isinstance(name, str):
         raise InvalidNameError(name, f"it is of type {type(name).__name__}, not str")
     *left, base = name.split("|")
@@ -81,7 +86,7 @@ def parse(name: object) -> ParsedName:
         if match is None:
             raise InvalidNameError(name, f"{part!r} is no wrapper")
         wrappers.append(Wrapper(match["wrapper"], match["args"] or ""))
-    return ParsedName(tuple(wrappers), check_base(base))
+    return ParsedName(tuple(wrappers), base if automatic and base == AUTO else check_base(base))
 
 
 def spelled(name: str) -> str:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from attnreg.capabilities import Reason, Request, reluctance
 from attnreg.default import default_registry
@@ -22,9 +22,11 @@ from attnreg.errors import (
     UnknownBackendError,
     UnsupportedError,
 )
-from attnreg.naming import AUTO
+from attnreg.naming import AUTO, is_automatic, left_of, parse
 from attnreg.settings import IMPLEMENTATION, default_implementation
+from attnreg.wrapping import check_wrappers
 
+_PAGED: Final = "paged|"
 _NAMED: Final = 3
 """Backends that an error names which can."""
 
@@ -41,15 +43,31 @@ _scope: ContextVar[tuple[tuple[Registry, str], ...]] = ContextVar("attnreg_use",
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One backend in an explanation: who provides it and every reason why it cannot serve; no reason means it can."""
+    """One backend in an explanation: who provides it and every reason why it cannot serve; no reason means it can.
+
+    Attributes:
+        name: the backend's, with its wrappers.
+        origin: who provides it.
+        priority: what it declares.
+        reasons: all of them.
+        pages: of `paged|X`: `"native"` if X's own kernel reads block tables over pages of the size that is asked for,
+            `"gathered"` if the pages are brought together for it at each call; else empty.
+    """
 
     name: str
     origin: str
     priority: int
     reasons: tuple[Reason, ...]
+    pages: Literal["", "native", "gathered"] = ""
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.origin}): " + ("; ".join(map(str, self.reasons)) or "can serve")
+        pages = f", pages {self.pages}" if self.pages else ""
+        return f"{self.name} ({self.origin}{pages}): " + ("; ".join(map(str, self.reasons)) or "can serve")
+
+    @property
+    def rank(self) -> tuple[bool, int, str]:
+        """What `auto` goes by: the smallest is the best."""
+        return self.pages == "gathered", -self.priority, self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +98,17 @@ def explain(
     """Judge every backend against *request*: all reasons of all candidates, and the winner that `auto` would choose.
 
     With *only*, that backend alone is judged, and no other plugin is imported. Without it, every plugin's module is
-    imported for its capabilities. A plugin that cannot be loaded is a candidate with that reason.
+    imported for its capabilities. A plugin that cannot be loaded is a candidate with that reason. `only="paged|auto"`
+    judges `paged|X` for every backend X, and prefers those that read block tables themselves.
 
     Of kernels, only the winner's is imported, and those of better ones that turn out to be broken.
     """
     request = request or Request()
-    found = [_judge(row, request, registry) for row in registry.rows() if only in (None, row.name)]
-    able = sorted((each for each in found if not each.reasons), key=lambda each: (-each.priority, each.name))
+    left, base = ("", None) if only is None else (left_of(only), only.rpartition("|")[2])
+    if left:
+        check_wrappers(str(only), parse(only, automatic=True))
+    found = [_judge(row, request, registry, left) for row in registry.rows() if base in (None, AUTO, row.name)]
+    able = sorted((each for each in found if not each.reasons), key=lambda each: each.rank)
     refused = [each for each in found if each.reasons]
     winner = None
     while able and winner is None:
@@ -94,7 +116,7 @@ def explain(
             refused.append(replace(able.pop(0), reasons=broken))
         else:
             winner = able[0].name
-    refused.sort(key=lambda each: (-each.priority, each.name))
+    refused.sort(key=lambda each: each.rank)
     return Explanation(request, (*able, *refused), winner)
 
 
@@ -104,7 +126,8 @@ def resolve(
     """Return the backend that *name* stands for, and make sure that it can serve *request*.
 
     Args:
-        name: a backend's name, `"auto"`, or None for `use(...)`, then `ATTNREG_IMPLEMENTATION`, then `auto`.
+        name: a backend's name, `"auto"` or `"paged|auto"`; or None for `use(...)`, then `ATTNREG_IMPLEMENTATION`, then
+            `auto`.
         request: what the caller needs; None asks for nothing in particular.
         registry: where to look.
 
@@ -116,12 +139,12 @@ def resolve(
     if name is None:
         name = standing(registry) or AUTO
     request = request or Request()
-    if name != AUTO:
+    if not is_automatic(name):
         backend = registry.get(name)
         if found := backend.reasons(request):
             raise UnsupportedError(name, found, able(request, besides=name, registry=registry))
         return backend
-    explanation = explain(request, registry=registry)
+    explanation = explain(request, only=name, registry=registry)
     if explanation.winner is None:
         reasons_by_name: dict[str, list[Reason]] = {}
         for each in explanation.candidates:
@@ -135,16 +158,16 @@ def able(request: Request, *, besides: str, registry: Registry = default_registr
 
     No kernel is imported for it. Quantised ones are left out.
     """
-    found = _able(request, registry, registry.generation)
+    found = _able(request, registry, registry.generation, left_of(besides))
     return tuple(name for name in found if name != besides)[:_NAMED]
 
 
 @lru_cache(maxsize=256)
-def _able(request: Request, registry: Registry, generation: int) -> tuple[str, ...]:
+def _able(request: Request, registry: Registry, generation: int, left: str) -> tuple[str, ...]:
     del generation
-    judged = [_judge(row, request, registry) for row in registry.rows()]
+    judged = [_judge(row, request, registry, left) for row in registry.rows()]
     found = [each for each in judged if not each.reasons]
-    return tuple(each.name for each in sorted(found, key=lambda each: (-each.priority, each.name)))
+    return tuple(each.name for each in sorted(found, key=lambda each: each.rank))
 
 
 def standing(registry: Registry = default_registry) -> str | None:
@@ -166,7 +189,9 @@ def use(name: str, *, registry: Registry = default_registry) -> Iterator[None]:
     Raises:
         UnknownBackendError: nobody provides that name; raised on entry.
     """
-    if name != AUTO:
+    if is_automatic(name):
+        check_wrappers(name, parse(name, automatic=True))
+    else:
         registry.get(name)
     token = _scope.set((*_scope.get(), (registry, name)))
     try:
@@ -185,19 +210,27 @@ def _broken(backend: Backend) -> tuple[Reason, ...]:
     return ()
 
 
-def _judge(row: Row, request: Request, registry: Registry) -> Candidate:
-    problem = row.problem
+def _judge(row: Row, request: Request, registry: Registry, left: str) -> Candidate:
+    problem, name = row.problem, left + row.name
     if not problem:
         try:
-            backend = registry.get(row.name)
+            backend = registry.get(name)
         except AttnregError as error:
             problem = str(error)
         else:
             supports = backend.supports.at(request.device)
             why = (*backend.reasons(request), *reluctance(supports, request))
-            return Candidate(row.name, row.origin, supports.priority, why)
+            pages = _pages(registry.get(row.name), request) if left == _PAGED else ""
+            return Candidate(name, row.origin, supports.priority, why, pages)
     unavailable = Reason("unavailable", "a usable backend", "none", f"{problem.rstrip('.')}.")
-    return Candidate(row.name, row.origin, 0, (unavailable,))
+    return Candidate(name, row.origin, 0, (unavailable,))
+
+
+def _pages(inner: Backend, request: Request) -> Literal["native", "gathered"]:
+    """Say whether a backend itself reads block tables over pages of the size that is asked for, if one is."""
+    supports = inner.supports.at(request.device)
+    fits = request.page_size is None or request.page_size % supports.page_size_multiple == 0
+    return "native" if supports.paged and fits else "gathered"
 
 
 def _from_scope(registry: Registry) -> str | None:
@@ -207,6 +240,9 @@ def _from_scope(registry: Registry) -> str | None:
 def _from_environment(registry: Registry) -> str | None:
     name = default_implementation()
     if name is None or name == AUTO or name in registry:
+        return name
+    if is_automatic(name):
+        check_wrappers(name, parse(name, automatic=True))
         return name
     try:
         registry.get(name)

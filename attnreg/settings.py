@@ -12,7 +12,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from attnreg.errors import ConfigurationError, InvalidNameError
-from attnreg.naming import AUTO, parse
+from attnreg.naming import parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +58,7 @@ def default_implementation() -> str | None:
     if not value:
         return None
     try:
-        return value if value == AUTO else parse(value) and value
+        return parse(value, automatic=True) and value
     except InvalidNameError as error:
         raise ConfigurationError(IMPLEMENTATION, value, error.problem, "Set it to a backend's name.") from None
 

@@ -117,6 +117,7 @@ def test_request_covers_what_can_be_declared() -> None:
         "min_head_dim",
         "max_head_dim",
         "head_dim_multiple",
+        "page_size_multiple",
         "grouped_query",
     }
     assert declared - asked == set()

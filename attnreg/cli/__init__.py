@@ -53,7 +53,7 @@ def doctor(
 
 @app.command()
 def explain(
-    name: Annotated[str, typer.Argument(help="A backend's name, or 'auto'.")] = "auto",
+    name: Annotated[str, typer.Argument(help="A backend's name, 'auto' or 'paged|auto'.")] = "auto",
     *,
     device: Annotated[str | None, typer.Option(help="Device type, such as cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Such as float32 or bfloat16.")] = None,
@@ -62,13 +62,21 @@ def explain(
     heads: Annotated[str | None, typer.Option(help="Query heads, or query/key-value heads such as 32/8.")] = None,
     mask: Annotated[list[str] | None, typer.Option(help="A mask structure, such as causal; repeatable.")] = None,
     need: Annotated[list[str] | None, typer.Option(help="A feature, such as softcap; repeatable.")] = None,
+    page_size: Annotated[int | None, typer.Option(help="Tokens of a page of the cache.", min=1)] = None,
     as_json: Json = False,
 ) -> None:
     """Say which backends can serve a request, why the others cannot, and which one would be chosen."""
     from attnreg.cli import explanation
 
     request = explanation.request_of(
-        device=device, dtype=dtype, head_dim=head_dim, value_head_dim=value_head_dim, heads=heads, mask=mask, need=need
+        device=device,
+        dtype=dtype,
+        head_dim=head_dim,
+        value_head_dim=value_head_dim,
+        heads=heads,
+        mask=mask,
+        need=need,
+        page_size=page_size,
     )
     raise typer.Exit(0 if explanation.run(name, request, as_json=as_json) else NO)
 

@@ -12,7 +12,7 @@ import typer
 from attnreg.capabilities import Reason, Request
 from attnreg.cli.output import console, print_json, print_problems, print_table
 from attnreg.default import default_registry
-from attnreg.naming import AUTO
+from attnreg.naming import is_automatic
 from attnreg.selection import Candidate, explain
 from attnreg.vocabulary import FEATURES, STRUCTURES
 
@@ -26,6 +26,7 @@ def request_of(
     heads: str | None,
     mask: list[str] | None,
     need: list[str] | None,
+    page_size: int | None = None,
 ) -> Request:
     """Build the request from the command's options; a word that means nothing is a usage error."""
     for option, words, known in (("--mask", mask, STRUCTURES), ("--need", need, frozenset(FEATURES))):
@@ -42,25 +43,31 @@ def request_of(
         query_heads=query_heads,
         kv_heads=kv_heads,
         structures=frozenset(mask or ()),
+        page_size=page_size,
         **needs,
     )
 
 
 def run(name: str, request: Request, *, as_json: bool) -> bool:
     """Print who can serve *request*; return whether *name* can."""
-    if name != AUTO and name not in {row.name for row in default_registry.rows()}:
-        default_registry.get(name)  # raises, and says which names there are
+    automatic = is_automatic(name)
+    if not automatic and name not in {row.name for row in default_registry.rows()}:
+        default_registry.get(name)  # raises, and says which names there are, if it is none
     with redirect_stdout(sys.stderr):  # what a plugin prints at import is not part of the answer
-        explanation = explain(request, only=None if name == AUTO else name)
-    winner = explanation.winner if name == AUTO else _winner(name, explanation.candidates)
-    shown = [each for each in explanation.candidates if name in (AUTO, each.name)]
+        explanation = explain(request, only=name)
+    winner = explanation.winner if automatic else _winner(name, explanation.candidates)
+    shown = [each for each in explanation.candidates if automatic or each.name == name]
     if as_json:
         wanted = {field.name: getattr(request, field.name) for field in fields(request)}
         wanted["structures"] = sorted(request.structures)
         print_json({"request": wanted, "winner": winner, "candidates": [asdict(each) for each in shown]})
         return winner is not None
-    cells = [(each.name, *_verdict(each, name), each.origin) for each in shown]
-    print_table("who can serve this request", ("backend", "status", "why", "from"), cells)
+    columns = ["backend", "status", "why", "from"]
+    cells = [[each.name, *_verdict(each, name), each.origin] for each in shown]
+    if any(each.pages for each in shown):
+        columns = [*columns, "pages"]
+        cells = [[*row, each.pages] for row, each in zip(cells, shown, strict=True)]
+    print_table("who can serve this request", columns, cells)
     print_problems((each.name, "\n".join(map(str, _against(each, name)))) for each in shown)
     console.print(f"chosen: {winner}" if winner else "chosen: none", markup=False, highlight=False)
     return winner is not None
@@ -72,7 +79,7 @@ def _winner(name: str, candidates: tuple[Candidate, ...]) -> str | None:
 
 
 def _against(candidate: Candidate, name: str) -> list[Reason]:
-    return [reason for reason in candidate.reasons if name == AUTO or reason.code != "lossy"]
+    return [reason for reason in candidate.reasons if is_automatic(name) or reason.code != "lossy"]
 
 
 def _verdict(candidate: Candidate, name: str) -> tuple[str, str]:

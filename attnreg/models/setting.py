@@ -15,7 +15,7 @@ from attnreg.default import default_registry
 from attnreg.errors import BridgeError, InvalidInputError, KernelError, UnsupportedPartError
 from attnreg.models.choosing import chosen, flat
 from attnreg.models.own import OWN
-from attnreg.naming import AUTO
+from attnreg.naming import AUTO, is_automatic
 from attnreg.selection import resolve
 
 if TYPE_CHECKING:
@@ -172,8 +172,8 @@ def _resolved(wanted: Mapping[Part, str], *, check: bool) -> dict[Part, str]:
     for part, name in wanted.items():
         if _is_own(name, part):
             found[part] = name
-        elif name == AUTO:
-            found[part] = name if part.host is OWN else resolve(AUTO, part.needs).name
+        elif is_automatic(name):
+            found[part] = name if name == AUTO and part.host is OWN else resolve(name, part.needs).name
         else:
             found[part] = default_registry.get(name).name
             if check and (reasons := _reasons(name, part)):
