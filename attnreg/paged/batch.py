@@ -1,0 +1,96 @@
+"""One forward pass over tokens of several sequences: where each is written, and what each layer reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from attnreg.errors import InvalidInputError
+from attnreg.paged.pages import Pages
+from attnreg.paged.sequences import refuse_stale
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+
+    import torch
+
+    from attnreg.paged.metadata import Metadata
+    from attnreg.paged.sequences import Part, Sequences
+    from attnreg.paged.storage import LayerStorage
+
+
+class PagedBatch:
+    """What a model's forward is given as `cache`: the new tokens of all sequences lie in one row.
+
+    Built by `PagedKVCache.batch`; see there. It is an `attnreg.paged.Cache`.
+
+    Attributes:
+        sequences: their names, in the order of the row.
+        lengths_q: new tokens of each sequence.
+        lengths_k: tokens of each sequence, the new ones included.
+        position_ids: int64 `(1, tokens)`, on the cache's device: the model's keyword of that name.
+        last: int64 `(sequences,)`, where each sequence's last token stands in the row: the rows whose logits are wanted
+            (`logits_to_keep` in transformers).
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        parts: tuple[Part, ...],
+        metadata: Metadata,
+        layers: Sequence[tuple[int, LayerStorage]],
+    ) -> None:
+        self.parts = parts
+        self.sequences: tuple[Hashable, ...] = tuple(part.sequence.name for part in parts)
+        self.lengths_q = tuple(part.tokens for part in parts)
+        self.lengths_k = tuple(part.sequence.length + part.tokens for part in parts)
+        self.position_ids: torch.Tensor = metadata.position_ids
+        self.last: torch.Tensor = metadata.last
+        self._metadata = metadata
+        self._layers = layers
+        self._shared: list[dict[Hashable, Any]] = [{} for _ in metadata.slots]
+        self._max_length_q, self._max_length_k = max(self.lengths_q), max(self.lengths_k)
+        self._singles = self.lengths_q.count(1)
+        self._everyone, self._seen = sequences, sequences.changes
+
+    def update(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor) -> Pages:
+        """Write a layer's new keys and values into its blocks, and return the pages of all sequences.
+
+        Args:
+            layer_idx: the layer, counted from 0.
+            key: `(1, kv_heads, tokens, head_dim)`, in the cache's dtype and on its device.
+            value: `(1, kv_heads, tokens, value_head_dim)`.
+
+        Raises:
+            InvalidInputError: a layer that the cache does not have, or tensors that do not fit it.
+            StaleBatchError: a sequence has changed since the batch was built.
+        """
+        if self._seen != self._everyone.changes:
+            refuse_stale(self.parts)
+            self._seen = self._everyone.changes
+        group, storage = layer_of(self._layers, layer_idx)
+        metadata = self._metadata
+        storage.write(metadata.slots[group], key, value)
+        return Pages(
+            key=storage.key,
+            value=storage.value,
+            block_table=metadata.block_tables[group],
+            cache_seqlens=metadata.cache_seqlens,
+            cu_seq_lens_q=metadata.cu_seq_lens_q,
+            max_length_q=self._max_length_q,
+            max_length_k=self._max_length_k,
+            singles=self._singles,
+            lengths_q=self.lengths_q,
+            lengths_k=self.lengths_k,
+            shared=self._shared[group],
+        )
+
+
+def layer_of(layers: Sequence[tuple[int, LayerStorage]], layer_idx: int) -> tuple[int, LayerStorage]:
+    """Find a layer's group and tensors.
+
+    Raises:
+        InvalidInputError: there is no such layer.
+    """
+    if not 0 <= layer_idx < len(layers):
+        raise InvalidInputError("layer_idx", str(layer_idx), f"a layer of the cache, 0 to {len(layers) - 1}")
+    return layers[layer_idx]

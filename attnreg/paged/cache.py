@@ -1,0 +1,279 @@
+"""Keys and values of many sequences, in blocks that are given out as the sequences grow."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+from attnreg.errors import InvalidInputError
+from attnreg.paged.batch import PagedBatch
+from attnreg.paged.errors import CacheAllocationError, CacheFullError
+from attnreg.paged.groups import LayerGroup
+from attnreg.paged.metadata import on_host
+from attnreg.paged.prefixes import PrefixNode
+from attnreg.paged.sequences import Part, Sequences, refuse_stale
+from attnreg.paged.storage import LayerStorage, blocks_of, bytes_wanted
+from attnreg.paged.usage import CacheUsage, GroupUsage
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping
+    from collections.abc import Sequence as Row
+
+    from attnreg.paged.sequences import Sequence
+    from attnreg.paged.storage import LayerSpec
+
+
+class PagedKVCache:
+    """Keys and values of many sequences, for all layers of a model.
+
+    Every layer has one tensor of blocks, allocated here and never again: `(2, num_blocks + 1, block_size, kv_heads,
+    head_dim)`, keys and values, or one tensor for each where they are not equally wide. Block 0 is the null block,
+    which pads tables; `num_blocks` counts the others. Layers of the same sliding window make a group, with a pool of
+    blocks and tables of its own, because layers with a window give back what no later query can see.
+
+    Sequences are called by any hashable name. A sequence is added, gets room for its next tokens (`reserve`), takes
+    part in a forward pass (`batch`), and has grown once the pass is committed. Whatever is refused changes nothing, and
+    an abandoned batch needs no cleaning up. Nothing here waits for the device. A cache is for one thread at a time.
+
+    Args:
+        layers: one spec for each layer of the model, in order.
+        num_blocks: usable blocks of each group of layers, or for each sliding window (None among them) its own number.
+        block_size: tokens of a block. Kernels have wishes: flash-attn 2 a multiple of 256, others 16 or 128.
+        dtype: of keys and values; torch's default one if None.
+        device: where the blocks are.
+        share_prefixes: whether sequences that begin with the same tokens share full blocks.
+
+    Raises:
+        InvalidInputError: no layers, or a number below one.
+        CacheAllocationError: the device has no room; says how many bytes were wanted.
+    """
+
+    def __init__(
+        self,
+        layers: Row[LayerSpec],
+        *,
+        num_blocks: int | Mapping[int | None, int],
+        block_size: int = 16,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        share_prefixes: bool = True,
+    ) -> None:
+        if not layers:
+            raise InvalidInputError("layers", "empty", "a LayerSpec for each layer of the model")
+        if block_size < 1:
+            raise InvalidInputError("block_size", str(block_size), "1 or more tokens")
+        self.block_size = block_size
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        self.share_prefixes = share_prefixes
+        windows = list(dict.fromkeys(layer.sliding_window for layer in layers))
+        numbers = [blocks_of(num_blocks, window) for window in windows]
+        storages = self._allocate(layers, num_blocks, torch.device(device))
+        # What torch says, cuda:0 for instance, where the caller may have said cuda.
+        self.device = storages[0].key.device
+        self.groups = tuple(
+            LayerGroup(index, window, number, block_size)
+            for index, (window, number) in enumerate(zip(windows, numbers, strict=True))
+        )
+        self._layers = tuple((windows.index(storage.spec.sliding_window), storage) for storage in storages)
+        for group, storage in self._layers:
+            self.groups[group].layers.append(storage)
+        self._sequences = Sequences()
+        self.prefixes = PrefixNode(len(windows))
+
+    def _allocate(
+        self, layers: Row[LayerSpec], num_blocks: int | Mapping[int | None, int], device: torch.device
+    ) -> list[LayerStorage]:
+        try:
+            return [
+                LayerStorage(
+                    layer, blocks_of(num_blocks, layer.sliding_window) + 1, self.block_size, self.dtype, device
+                )
+                for layer in layers
+            ]
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises a plain one
+            if not any(word in str(error) for word in ("memory", "Storage size")):
+                raise
+            wanted = bytes_wanted(layers, num_blocks, self.block_size, self.dtype)
+            numbers = dict.fromkeys(blocks_of(num_blocks, layer.sliding_window) for layer in layers)
+            raise CacheAllocationError(wanted, device, numbers, self.block_size) from error
+
+    @property
+    def sequences(self) -> tuple[Hashable, ...]:
+        """The names of all sequences, in the order in which they were added."""
+        return tuple(self._sequences.by_name)
+
+    @property
+    def usage(self) -> CacheUsage:
+        """How many blocks are free, cached, held and shared."""
+        return CacheUsage(
+            groups=tuple(
+                GroupUsage(
+                    sliding_window=group.window,
+                    num_blocks=group.pool.num_blocks,
+                    free=group.pool.unused,
+                    cached=len(group.pool.cached),
+                    shared=group.pool.shared,
+                )
+                for group in self.groups
+            )
+        )
+
+    @property
+    def longest(self) -> int:
+        """How many tokens a sequence that has the cache to itself can ever have, if it grows token by token."""
+        bounds = [group.longest for group in self.groups]
+        return min((bound for bound in bounds if bound is not None), default=sys.maxsize)
+
+    def length(self, sequence: Hashable) -> int:
+        """Say how many tokens of a sequence are there."""
+        return self._sequences.get(sequence).length
+
+    def add(self, sequence: Hashable, tokens: Row[Hashable] | None = None) -> int:
+        """Begin a sequence, which shares the full blocks that are there of its first tokens.
+
+        Args:
+            sequence: its name.
+            tokens: its tokens as far as they are known, on the host. What they stand for has to follow from them and
+                from those before: where a placeholder stands for an image, make it `(token, image)` or the like; any
+                hashable will do. None if the sequence is to share nothing, now or later.
+
+        Returns:
+            How many of its tokens are there already: its length. Always fewer than *tokens*, so that the last one is
+            computed and has logits.
+
+        Raises:
+            InvalidInputError: the name is taken, or *tokens* is a tensor.
+        """
+        if isinstance(tokens, torch.Tensor):
+            raise InvalidInputError("tokens", "a tensor", "a list of what it holds, read where there is time to wait")
+        known = list(tokens) if tokens is not None and self.share_prefixes else None
+        made = self._sequences.add(sequence, self.prefixes, known)
+        if known:
+            self._share(made, known)
+        return made.length
+
+    def _share(self, sequence: Sequence, tokens: Row[Hashable]) -> None:
+        path = self.prefixes.path(tokens, self.block_size, (len(tokens) - 1) // self.block_size)
+        count, tried = len(path), -1
+        while count != tried:
+            tried = count
+            for group in self.groups:
+                count = group.shareable(path, count)
+        if not count:
+            return
+        for group in self.groups:
+            first = group.first(count * self.block_size)
+            group.hold(sequence.row, first, [node.blocks[group.pool.group] for node in path[first:count]])
+        sequence.length, sequence.blocks, sequence.known = count * self.block_size, count, count
+        self._stand(sequence, path[count - 1])
+
+    @staticmethod
+    def _stand(sequence: Sequence, node: PrefixNode) -> None:
+        node.pins += 1
+        sequence.node.unpin()
+        sequence.node = node
+
+    def can_reserve(self, tokens: Mapping[Hashable, int]) -> bool:
+        """Say whether there is room for so many more tokens of each sequence, of all of them together.
+
+        Raises:
+            UnknownSequenceError: one is not in the cache.
+        """
+        requests = [(self._sequences.get(name), more) for name, more in tokens.items()]
+        return all(group.wanted(requests) <= group.pool.available for group in self.groups)
+
+    def room(self, sequence: Hashable) -> int:
+        """Say how many more tokens of a sequence could be reserved now.
+
+        Raises:
+            UnknownSequenceError: it is not in the cache.
+        """
+        found = self._sequences.get(sequence)
+        rooms = []
+        for group in self.groups:
+            blocks = group.pool.available - bool(group.shared_end(found))
+            rooms.append((found.blocks + blocks) * self.block_size - found.length if blocks >= 0 else 0)
+        return min(rooms)
+
+    def reserve(self, sequence: Hashable, tokens: int) -> None:
+        """Make room for so many more tokens of a sequence, in all groups of layers or in none.
+
+        Room that was reserved and not used counts: doing so twice is doing so once. A last block that others hold too
+        is copied, so that the sequence can write into it.
+
+        Raises:
+            CacheFullError: too few blocks are free; nothing has changed.
+            InvalidInputError: *tokens* is below one.
+            UnknownSequenceError: it is not in the cache.
+        """
+        found = self._sequences.get(sequence)
+        if tokens < 1:
+            raise InvalidInputError("tokens to reserve", str(tokens), "1 or more")
+        for group in self.groups:
+            wanted, pool = group.wanted([(found, tokens)]), group.pool
+            if wanted > pool.available:
+                raise CacheFullError(sequence, tokens, group.window, wanted, pool.available, pool.num_blocks)
+        blocks = max(found.blocks, -(-(found.length + tokens) // self.block_size))
+        copied = [group.own_end(found) for group in self.groups]
+        for group in self.groups:
+            group.grow(found, blocks)
+        found.blocks = blocks
+        if any(copied):
+            self._sequences.changed(found)
+
+    def batch(self, tokens: Mapping[Hashable, int]) -> PagedBatch:
+        """Prepare one forward pass over the next tokens of some sequences.
+
+        Args:
+            tokens: for each sequence how many; those with a single one first.
+
+        Raises:
+            InvalidInputError: no sequences, a number below one, too little room reserved, or singles behind others.
+            UnknownSequenceError: one is not in the cache.
+        """
+        parts = self._parts(tokens)
+        counts = [part.tokens for part in parts]
+        singles = counts.count(1)
+        if 1 in counts[singles:]:
+            raise InvalidInputError("the batch's order", f"{counts} tokens", "sequences of a single token first")
+        rows = [part.sequence.row for part in parts]
+        starts = [part.sequence.length for part in parts]
+        width = max(-(-(start + count) // self.block_size) for start, count in zip(starts, counts, strict=True))
+        host = on_host(self.groups, self.block_size, width, rows, starts, counts, pinned=self.device.type == "cuda")
+        return PagedBatch(self._sequences, parts, host.to(self.device), self._layers)
+
+    def _parts(self, tokens: Mapping[Hashable, int]) -> tuple[Part, ...]:
+        if not tokens:
+            raise InvalidInputError("the batch", "empty", "one sequence or more")
+        parts = []
+        for name, count in tokens.items():
+            found = self._sequences.get(name)
+            room = found.blocks * self.block_size - found.length
+            if count < 1:
+                raise InvalidInputError(f"the tokens of {name!r}", str(count), "1 or more")
+            if count > room or any(group.shared_end(found) for group in self.groups):
+                got = f"for {room} tokens" if count > room else "in a block that others hold too, since a fork"
+                raise InvalidInputError(f"the room of {name!r}", got, f"reserve({name!r}, {count}) before the batch")
+            parts.append(Part(sequence=found, tokens=count, edition=found.edition))
+        return tuple(parts)
+
+    def commit(self, batch: PagedBatch) -> None:
+        """Take in a forward pass that went well: its sequences have grown."""
+        refuse_stale(batch.parts)
+        for part in batch.parts:
+            sequence = part.sequence
+            sequence.length += part.tokens
+            self._sequences.changed(sequence)
+
+    def release(self, sequence: Hashable) -> None:
+        """End a sequence. Its blocks are free, or others' alone, or cached for who comes with the same tokens.
+
+        Raises:
+            UnknownSequenceError: it is not in the cache.
+        """
+        found = self._sequences.get(sequence)
+        for group in self.groups:
+            group.drop(found.row, group.first(found.length), found.blocks)
+        self._sequences.remove(found)

@@ -1,0 +1,135 @@
+"""The tensors that hold keys and values: one for each layer, allocated up front."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from attnreg.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """What a layer keeps of each token.
+
+    Attributes:
+        kv_heads: heads of keys and values.
+        head_dim: numbers of a key.
+        value_head_dim: numbers of a value; None if as many as a key's.
+        sliding_window: keys that a query of this layer sees, itself included; None if all.
+
+    Raises:
+        InvalidInputError: a number below one.
+    """
+
+    kv_heads: int
+    head_dim: int
+    value_head_dim: int | None = None
+    sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("kv_heads", "head_dim", "value_head_dim", "sliding_window"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise InvalidInputError(f"a layer's {name}", str(number), "1 or more")
+
+    @property
+    def numbers(self) -> int:
+        """Numbers kept of one token, key and value together."""
+        return self.kv_heads * (self.head_dim + (self.value_head_dim or self.head_dim))
+
+
+class LayerStorage:
+    """One layer's blocks: block 0 is the null block, which no sequence owns.
+
+    Where keys and values are equally wide they are the two halves of one tensor `(2, blocks, block_size, kv_heads,
+    head_dim)`, otherwise two tensors. Both are contiguous, the tokens of a block lie one after the other ("NHD"), and
+    all starts out as zeros: what a kernel reads and then masks has to be finite.
+
+    Attributes:
+        key: `(blocks, block_size, kv_heads, head_dim)`.
+        value: `(blocks, block_size, kv_heads, value_head_dim)`.
+    """
+
+    def __init__(self, spec: LayerSpec, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (blocks, block_size, spec.kv_heads)
+        value_dim = spec.value_head_dim or spec.head_dim
+        # An inference tensor could not be written to outside of inference mode later.
+        with torch.inference_mode(mode=False):
+            if value_dim == spec.head_dim:
+                both = torch.zeros((2, *shape, spec.head_dim), dtype=dtype, device=device)
+                self.key, self.value = both[0], both[1]
+            else:
+                self.key = torch.zeros((*shape, spec.head_dim), dtype=dtype, device=device)
+                self.value = torch.zeros((*shape, value_dim), dtype=dtype, device=device)
+            self._keys, self._values = self.key.flatten(0, 1), self.value.flatten(0, 1)
+        self.spec = spec
+        self.wanted = {"key": (1, spec.kv_heads, -1, spec.head_dim), "value": (1, spec.kv_heads, -1, value_dim)}
+
+    def write(self, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write new tokens into their slots (`block * block_size + offset`), as `Cache.update` gets them.
+
+        Raises:
+            InvalidInputError: another shape, dtype or device than the layer has, or a gradient to be kept.
+        """
+        self._accept("key", key, slots.shape[0], self.key)
+        self._accept("value", value, slots.shape[0], self.value)
+        self._keys.index_copy_(0, slots, key[0].transpose(0, 1))
+        self._values.index_copy_(0, slots, value[0].transpose(0, 1))
+
+    def _accept(self, what: str, got: torch.Tensor, tokens: int, mine: torch.Tensor) -> None:
+        _, _, heads, dim = mine.shape
+        if got.shape != (1, heads, tokens, dim):
+            raise InvalidInputError(f"the new {what}", f"{tuple(got.shape)}", f"(1, {heads}, {tokens}, {dim})")
+        if got.dtype != mine.dtype or got.device != mine.device:
+            raise InvalidInputError(
+                f"the new {what}", f"{got.dtype} on {got.device}", f"{mine.dtype} on {mine.device}, as the cache is"
+            )
+        if got.requires_grad and torch.is_grad_enabled():
+            raise InvalidInputError(
+                f"the new {what}",
+                "part of a graph for gradients",
+                "torch.no_grad() around the model",
+            )
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy one block's keys and values, in the order of the device's stream."""
+        self.key[target].copy_(self.key[source])
+        self.value[target].copy_(self.value[source])
+
+
+def bytes_wanted(
+    layers: Sequence[LayerSpec],
+    num_blocks: int | Mapping[int | None, int],
+    block_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Say how many bytes the blocks of a cache take, the null blocks included.
+
+    Args:
+        layers: one for each layer.
+        num_blocks: usable blocks of each group of layers, or for each window its own number.
+        block_size: tokens of a block.
+        dtype: of keys and values.
+    """
+    return sum(
+        (blocks_of(num_blocks, layer.sliding_window) + 1) * block_size * layer.numbers * dtype.itemsize
+        for layer in layers
+    )
+
+
+def blocks_of(num_blocks: int | Mapping[int | None, int], window: int | None) -> int:
+    """Read how many usable blocks the group of layers with *window* gets.
+
+    Raises:
+        InvalidInputError: none are given for that window, or fewer than one.
+    """
+    number = num_blocks if isinstance(num_blocks, int) else num_blocks.get(window)
+    if number is None or number < 1:
+        raise InvalidInputError(f"num_blocks for a window of {window}", str(number), "a number of blocks, 1 or more")
+    return number
