@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from attnreg.errors import InvalidInputError
 from attnreg.paged.pages import Pages
-from attnreg.paged.sequences import refuse_stale
+from attnreg.paged.sequences import Part, refuse_stale
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
     import torch
 
+    from attnreg.paged.groups import LayerGroup
     from attnreg.paged.metadata import Metadata
-    from attnreg.paged.sequences import Part, Sequences
+    from attnreg.paged.sequences import Sequences
     from attnreg.paged.storage import LayerStorage
 
 
@@ -94,3 +95,24 @@ def layer_of(layers: Sequence[tuple[int, LayerStorage]], layer_idx: int) -> tupl
     if not 0 <= layer_idx < len(layers):
         raise InvalidInputError("layer_idx", str(layer_idx), f"a layer of the cache, 0 to {len(layers) - 1}")
     return layers[layer_idx]
+
+
+def parts_of(sequences: Sequences, groups: Sequence[LayerGroup], tokens: Mapping[Hashable, int]) -> tuple[Part, ...]:
+    """Look up the sequences of a batch, and refuse those that have no room of their own for so many tokens.
+
+    Raises:
+        InvalidInputError: a number below one, or too little room reserved.
+        UnknownSequenceError: one is not in the cache.
+    """
+    size, parts = groups[0].block_size, []
+    for name, count in tokens.items():
+        found = sequences.get(name)
+        room = found.blocks * size - found.length
+        if count < 1:
+            raise InvalidInputError(f"the tokens of {name!r}", str(count), "1 or more")
+        foreign = found.forked and any(group.shared_end(found) for group in groups)
+        if foreign or count > room:
+            got = "in a block that others hold too, since a fork" if foreign else f"for {room} tokens"
+            raise InvalidInputError(f"the room of {name!r}", got, f"reserve({name!r}, {count}) before the batch")
+        parts.append(Part(found, count, found.edition))
+    return tuple(parts)

@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnreg.errors import InvalidInputError
-from attnreg.paged.batch import PagedBatch
-from attnreg.paged.errors import CacheAllocationError, CacheFullError
+from attnreg.paged.batch import PagedBatch, parts_of
+from attnreg.paged.checking import problems
+from attnreg.paged.decoding import DecodeBatch
+from attnreg.paged.errors import CacheFullError, CorruptCacheError
 from attnreg.paged.groups import LayerGroup
 from attnreg.paged.metadata import on_host
 from attnreg.paged.prefixes import PrefixNode
-from attnreg.paged.sequences import Part, Sequences, refuse_stale
-from attnreg.paged.storage import LayerStorage, blocks_of, bytes_wanted
+from attnreg.paged.sequences import Sequences, refuse_stale
+from attnreg.paged.sharing import make_known, refuse_tokens, share_all, share_prefix
+from attnreg.paged.storage import allocate, blocks_of
 from attnreg.paged.usage import CacheUsage, GroupUsage
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
     from collections.abc import Sequence as Row
 
-    from attnreg.paged.sequences import Sequence
     from attnreg.paged.storage import LayerSpec
 
 
@@ -69,7 +71,7 @@ class PagedKVCache:
         self.share_prefixes = share_prefixes
         windows = list(dict.fromkeys(layer.sliding_window for layer in layers))
         numbers = [blocks_of(num_blocks, window) for window in windows]
-        storages = self._allocate(layers, num_blocks, torch.device(device))
+        storages = allocate(layers, num_blocks, block_size, self.dtype, torch.device(device))
         # What torch says, cuda:0 for instance, where the caller may have said cuda.
         self.device = storages[0].key.device
         self.groups = tuple(
@@ -81,23 +83,6 @@ class PagedKVCache:
             self.groups[group].layers.append(storage)
         self._sequences = Sequences()
         self.prefixes = PrefixNode(len(windows))
-
-    def _allocate(
-        self, layers: Row[LayerSpec], num_blocks: int | Mapping[int | None, int], device: torch.device
-    ) -> list[LayerStorage]:
-        try:
-            return [
-                LayerStorage(
-                    layer, blocks_of(num_blocks, layer.sliding_window) + 1, self.block_size, self.dtype, device
-                )
-                for layer in layers
-            ]
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises a plain one
-            if not any(word in str(error) for word in ("memory", "Storage size")):
-                raise
-            wanted = bytes_wanted(layers, num_blocks, self.block_size, self.dtype)
-            numbers = dict.fromkeys(blocks_of(num_blocks, layer.sliding_window) for layer in layers)
-            raise CacheAllocationError(wanted, device, numbers, self.block_size) from error
 
     @property
     def sequences(self) -> tuple[Hashable, ...]:
@@ -144,36 +129,14 @@ class PagedKVCache:
             computed and has logits.
 
         Raises:
-            InvalidInputError: the name is taken, or *tokens* is a tensor.
+            InvalidInputError: the name is taken, or *tokens* is a tensor or has something that cannot be hashed.
         """
-        if isinstance(tokens, torch.Tensor):
-            raise InvalidInputError("tokens", "a tensor", "a list of what it holds, read where there is time to wait")
+        refuse_tokens(tokens or ())
         known = list(tokens) if tokens is not None and self.share_prefixes else None
         made = self._sequences.add(sequence, self.prefixes, known)
         if known:
-            self._share(made, known)
+            share_prefix(made, self.groups, known)
         return made.length
-
-    def _share(self, sequence: Sequence, tokens: Row[Hashable]) -> None:
-        path = self.prefixes.path(tokens, self.block_size, (len(tokens) - 1) // self.block_size)
-        count, tried = len(path), -1
-        while count != tried:
-            tried = count
-            for group in self.groups:
-                count = group.shareable(path, count)
-        if not count:
-            return
-        for group in self.groups:
-            first = group.first(count * self.block_size)
-            group.hold(sequence.row, first, [node.blocks[group.pool.group] for node in path[first:count]])
-        sequence.length, sequence.blocks, sequence.known = count * self.block_size, count, count
-        self._stand(sequence, path[count - 1])
-
-    @staticmethod
-    def _stand(sequence: Sequence, node: PrefixNode) -> None:
-        node.pins += 1
-        sequence.node.unpin()
-        sequence.node = node
 
     def can_reserve(self, tokens: Mapping[Hashable, int]) -> bool:
         """Say whether there is room for so many more tokens of each sequence, of all of them together.
@@ -220,6 +183,7 @@ class PagedKVCache:
         for group in self.groups:
             group.grow(found, blocks)
         found.blocks = blocks
+        found.forked = False
         if any(copied):
             self._sequences.changed(found)
 
@@ -233,10 +197,11 @@ class PagedKVCache:
             InvalidInputError: no sequences, a number below one, too little room reserved, or singles behind others.
             UnknownSequenceError: one is not in the cache.
         """
-        parts = self._parts(tokens)
+        if not tokens:
+            raise InvalidInputError("the batch", "empty", "one sequence or more")
+        parts = parts_of(self._sequences, self.groups, tokens)
         counts = [part.tokens for part in parts]
-        singles = counts.count(1)
-        if 1 in counts[singles:]:
+        if 1 in counts[counts.count(1) :]:
             raise InvalidInputError("the batch's order", f"{counts} tokens", "sequences of a single token first")
         rows = [part.sequence.row for part in parts]
         starts = [part.sequence.length for part in parts]
@@ -244,28 +209,78 @@ class PagedKVCache:
         host = on_host(self.groups, self.block_size, width, rows, starts, counts, pinned=self.device.type == "cuda")
         return PagedBatch(self._sequences, parts, host.to(self.device), self._layers)
 
-    def _parts(self, tokens: Mapping[Hashable, int]) -> tuple[Part, ...]:
-        if not tokens:
-            raise InvalidInputError("the batch", "empty", "one sequence or more")
-        parts = []
-        for name, count in tokens.items():
-            found = self._sequences.get(name)
-            room = found.blocks * self.block_size - found.length
-            if count < 1:
-                raise InvalidInputError(f"the tokens of {name!r}", str(count), "1 or more")
-            if count > room or any(group.shared_end(found) for group in self.groups):
-                got = f"for {room} tokens" if count > room else "in a block that others hold too, since a fork"
-                raise InvalidInputError(f"the room of {name!r}", got, f"reserve({name!r}, {count}) before the batch")
-            parts.append(Part(sequence=found, tokens=count, edition=found.edition))
-        return tuple(parts)
+    def decoding(self, rows: int, blocks: int) -> DecodeBatch:
+        """Prepare forward passes over one token of each of up to *rows* sequences of up to *blocks* blocks.
 
-    def commit(self, batch: PagedBatch) -> None:
-        """Take in a forward pass that went well: its sequences have grown."""
+        Its tensors stay where they are, so that a pass can be captured in a CUDA graph, and replayed after each `load`.
+
+        Raises:
+            InvalidInputError: a number below one.
+        """
+        return DecodeBatch(self._sequences, self.groups, self._layers, rows, blocks)
+
+    def commit(self, batch: PagedBatch | DecodeBatch, tokens: Mapping[Hashable, Row[Hashable]] | None = None) -> None:
+        """Take in a forward pass that went well: its sequences have grown.
+
+        Blocks that no later query can see are given back, and full blocks whose tokens are known can be shared.
+
+        Args:
+            batch: as it was built, or loaded.
+            tokens: what has become known since, as in `extend_tokens`.
+
+        Raises:
+            StaleBatchError: a sequence has changed since the batch was built; nothing has changed now.
+            InvalidInputError, UnknownSequenceError: as in `extend_tokens`; nothing has changed.
+        """
         refuse_stale(batch.parts)
+        self._extend(tokens or {})
         for part in batch.parts:
             sequence = part.sequence
+            before = sequence.length
             sequence.length += part.tokens
             self._sequences.changed(sequence)
+            make_known(sequence, self.groups)
+            for group in self.groups:
+                if group.window is not None:
+                    group.drop(sequence.row, group.first(before), group.first(sequence.length))
+
+    def extend_tokens(self, sequence: Hashable, tokens: Row[Hashable]) -> None:
+        """Say which tokens follow those that are known of a sequence, so that its further blocks can be shared.
+
+        They may be behind its length or ahead of it: a generated token is told before its keys are there, or after.
+        With `share_prefixes=False` they are of no use.
+
+        Raises:
+            InvalidInputError: the sequence was added without tokens, or *tokens* is nothing that `add` would take.
+            UnknownSequenceError: it is not in the cache.
+        """
+        self._extend({sequence: tokens})
+
+    def _extend(self, tokens: Mapping[Hashable, Row[Hashable]]) -> None:
+        found = [(self._sequences.get(name), more) for name, more in tokens.items()]
+        for sequence, more in found:
+            refuse_tokens(more)
+            if sequence.tokens is None and self.share_prefixes:
+                wanted = "to be known from the first on: give them to add, as a list that may be empty"
+                raise InvalidInputError(f"what is before the new tokens of {sequence.name!r}", "unknown", wanted)
+        for sequence, more in found:
+            if sequence.tokens is not None:
+                sequence.tokens.extend(more)
+                make_known(sequence, self.groups)
+
+    def fork(self, sequence: Hashable, copy: Hashable) -> None:
+        """Begin a sequence that has all that another has.
+
+        All blocks are shared, and none is taken. Who writes into the last one first gets a copy of it when it next
+        reserves room, which either has to do before its next batch.
+
+        Raises:
+            UnknownSequenceError: *sequence* is not in the cache.
+            InvalidInputError: *copy* is.
+        """
+        parent = self._sequences.get(sequence)
+        tokens = None if parent.tokens is None else parent.tokens.copy()
+        share_all(parent, self._sequences.add(copy, parent.node, tokens), self.groups)
 
     def release(self, sequence: Hashable) -> None:
         """End a sequence. Its blocks are free, or others' alone, or cached for who comes with the same tokens.
@@ -277,3 +292,13 @@ class PagedKVCache:
         for group in self.groups:
             group.drop(found.row, group.first(found.length), found.blocks)
         self._sequences.remove(found)
+
+    def check(self) -> None:
+        """Check the books from scratch: every block is held as often as tables say, cached or free, once. Slow.
+
+        Raises:
+            CorruptCacheError: they contradict each other.
+        """
+        found = list(problems(self.groups, list(self._sequences.by_name.values()), self.prefixes))
+        if found:
+            raise CorruptCacheError(found)

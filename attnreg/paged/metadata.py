@@ -64,7 +64,7 @@ def on_host(
     *,
     pinned: bool,
 ) -> Metadata:
-    """Describe a batch: each sequence has a row of the tables and *counts* new tokens, from the position *starts* on."""
+    """Describe a batch: each sequence has a row of the tables and *counts* new tokens from the position *starts* on."""
     tokens = sum(counts)
     made = Metadata.empty(tokens, len(rows), width, len(groups), torch.device("cpu"), pinned=pinned)
     row, start, count = torch.tensor([rows, starts, counts])

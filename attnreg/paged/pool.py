@@ -84,6 +84,6 @@ class BlockPool:
 
     def know(self, block: int, node: PrefixNode) -> None:
         """Keep *block*, which is full, as the one that holds the tokens of *node*, unless there is one already."""
-        if not node.blocks[self.group]:
+        if not node.blocks[self.group] and block not in self.nodes:
             node.blocks[self.group] = block
             self.nodes[block] = node

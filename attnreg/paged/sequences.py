@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from attnreg.errors import InvalidInputError
 from attnreg.paged.errors import StaleBatchError, UnknownSequenceError
@@ -30,6 +30,7 @@ class Sequence:
         blocks: entries of its row that are in use; those behind a window are null blocks by now.
         known: full blocks that stand in the prefix tree, or were left out because another block stands there.
         edition: goes up whenever slots that a batch may have noted are no longer its next ones.
+        forked: whether its last block may be another's too; then it has to be looked at before it is written into.
     """
 
     name: Hashable
@@ -40,11 +41,17 @@ class Sequence:
     blocks: int = 0
     known: int = 0
     edition: int = 0
+    forked: bool = False
+
+    def move(self, node: PrefixNode) -> None:
+        """Go on behind *node* from now on."""
+        node.pins += 1
+        self.node.unpin()
+        self.node = node
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """A sequence's part of a batch: how many tokens, and as of when."""
+class Part(NamedTuple):
+    """A sequence's part of a batch: how many tokens, and as of when. A tuple, as every batch makes hundreds."""
 
     sequence: Sequence
     tokens: int

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnreg.errors import InvalidInputError
+from attnreg.paged.errors import CacheAllocationError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -101,6 +102,31 @@ class LayerStorage:
         """Copy one block's keys and values, in the order of the device's stream."""
         self.key[target].copy_(self.key[source])
         self.value[target].copy_(self.value[source])
+
+
+def allocate(
+    layers: Sequence[LayerSpec],
+    num_blocks: int | Mapping[int | None, int],
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[LayerStorage]:
+    """Allocate the blocks of all layers.
+
+    Raises:
+        CacheAllocationError: the device has no room; says how many bytes were wanted.
+    """
+    numbers = [blocks_of(num_blocks, layer.sliding_window) for layer in layers]
+    try:
+        return [
+            LayerStorage(layer, number + 1, block_size, dtype, device)
+            for layer, number in zip(layers, numbers, strict=True)
+        ]
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises a plain one
+        if not any(word in str(error) for word in ("memory", "Storage size")):
+            raise
+        wanted = bytes_wanted(layers, num_blocks, block_size, dtype)
+        raise CacheAllocationError(wanted, device, dict.fromkeys(numbers), block_size) from error
 
 
 def bytes_wanted(
