@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from doubles import CAUSAL, FREE
@@ -529,8 +531,21 @@ def test_calls_over_pages_that_do_not_fit(changes, error, text) -> None:
 
 
 def test_the_lse_of_pages() -> None:
-    """A kernel's +inf for a query without any key becomes -inf."""
-    assert pages.padded_lse(torch.tensor([float("inf"), 2.0])).tolist() == [float("-inf"), 2.0]
+    """A kernel's +inf for a query without any key becomes -inf, and what is behind the last row's queries is nothing."""
+    rows = paged()
+    output, lse = torch.ones(2, 3, 4, 16), torch.full((2, 4, 3), 2.0)
+    lse[0, 0, 0] = float("inf")
+    assert rows.finished(output) == (output, None)
+    found: Any = rows.finished(output, lse)
+    assert (found[2][0, 0].tolist(), found[2][1].unique().tolist()) == ([float("-inf"), 2.0, 2.0], [2.0])
+    packed = paged(query=torch.randn(1, 4, 6, 16), cu_seq_lens_q=torch.tensor([0, 1, 5], dtype=torch.int32))
+    assert packed.query.shape == (6, 4, 16)
+    assert (packed.max_seqlen_q, packed.max_seqlen_k) == (6, 24)
+    found = packed.finished(torch.full((6, 4, 16), float("nan")).index_fill(0, torch.arange(5), 1.0), torch.ones(4, 6))
+    assert found[0].shape == (1, 6, 4, 16)
+    assert (found[0][0, :5] == 1).all()
+    assert not found[0][0, 5].any()
+    assert found[2][0, 0].tolist() == [1.0] * 5 + [float("-inf")]
 
 
 def test_all_is_true() -> None:

@@ -69,11 +69,11 @@ def test_gradient_of_the_log_sum_exp_is_refused_in_graphs_too() -> None:
     ("more", "said"),
     [
         ({"dropout": 0.5}, "a paged key/value cache"),
-        ({"cu_seq_lens_q": torch.tensor([0, 2], dtype=torch.int32)}, "cu_seq_lens without a mask"),
+        ({"position_bias": torch.zeros(1, 4, 2, 300)}, "a position bias over pages"),
     ],
 )
 def test_pages_refuse_what_the_kernel_does_not_have_for_them(more, said) -> None:
-    """Dropout, packing and caches of other kinds are refused beside pages, and not left out."""
+    """Dropout and biases are refused beside pages, and not left out."""
     tensors, keywords = paged(**more)
     with pytest.raises(UnsupportedError, match=said):
         call(tensors, **keywords)

@@ -249,13 +249,29 @@ def flash_attn_varlen_func(
     return_attn_probs=False,
     block_table=None,
 ):
-    """Compute attention of sequences."""
-    assert block_table is None
+    """Compute attention of sequences, or of packed queries over pages, without gradients."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if block_table is not None:
+        options = _options(scale, causal, *window_size, softcap, alibi_slopes, dropout_p, 0)
+        output, lse = _over_pages(
+            q, k, v, (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), block_table, options
+        )
+        return (output, lse, torch.empty(0)) if return_attn_probs else output
     options = dropout_p, scale, causal, window_size, softcap, alibi_slopes
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     output, lse = _Attention.apply(q, k, v, lengths, options, deterministic)
     return (output, lse, torch.empty(0)) if return_attn_probs else output
+
+
+def _over_pages(q, k, v, lengths, block_table, options):
+    assert block_table.dtype == torch.int32, "block_table must have dtype torch.int32"
+    assert k.shape[1] % 256 == 0, "Paged KV cache block size must be divisible by 256"
+    output, lse = torch.full_like(q, float("nan")), torch.full((q.shape[1], q.shape[0]), float("nan"))
+    for row, (queries, keys) in enumerate(_spans(*lengths)):
+        at = torch.arange(keys.stop - keys.start)
+        pages = block_table[row].long()[at // k.shape[1]], at % k.shape[1]
+        output[queries], lse[:, queries] = arithmetic.forward(q[queries], k[pages], v[pages], _row(options, row))
+    return output, _published(lse)
 
 
 def flash_attn_with_kvcache(

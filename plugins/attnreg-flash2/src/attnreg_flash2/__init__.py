@@ -33,12 +33,12 @@ SUPPORTS: Final = attnreg.Capabilities(
     dropout=True,
     packing=True,
     paged=True,
+    page_size_multiple=256,
     lse=True,
     exclusive=(
         ("softcap", "dropout"),
         ("paged", "backward"),
         ("paged", "dropout"),
-        ("paged", "packing"),
         ("alibi", "lse"),
     ),
     priority=40,

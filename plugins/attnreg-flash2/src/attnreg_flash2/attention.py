@@ -52,7 +52,7 @@ def flash_attention_2(
 
     With `block_table`, int32 `(batch, blocks)`, keys and values are pages, `(pages, kv_heads, page_size, head_dim)`
     with a page size that is a multiple of 256, of which row i holds `cache_seqlens[i]` tokens, the queries' included.
-    That has no gradients, in the kernel.
+    Queries are rows of one length, or packed with `cu_seq_lens_q`, int32 `(batch + 1,)`. Pages have no gradients.
 
     A query without any key gives 0, and a log-sum-exp of -inf. Gradients do not flow through the log-sum-exp: asking
     for them raises.
@@ -80,6 +80,8 @@ def flash_attention_2(
             block_table,
             cache_seqlens,
             position_bias,
+            cu_seq_lens_q=cu_seq_lens_q,
+            max_lengths=(max_length_q, max_length_k),
             is_causal=is_causal,
             sliding_window=sliding_window,
             scaling=scaling,

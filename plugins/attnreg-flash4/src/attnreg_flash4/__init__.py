@@ -29,7 +29,7 @@ SUPPORTS: Final = attnreg.Capabilities(
     packing=True,
     paged=True,
     lse=True,
-    exclusive=(("paged", "backward"), ("paged", "packing")),
+    exclusive=(("paged", "backward"),),
     priority=48,
 )
 

@@ -68,7 +68,9 @@ def flash_attention_4(
     copied for it. `deterministic` is torch's own setting unless it is given, and concerns gradients.
 
     With `block_table`, int32 `(batch, blocks)`, keys and values are pages, `(pages, kv_heads, page_size, head_dim)`, of
-    which row i holds `cache_seqlens[i]` tokens, the queries' included. Pages have no gradients.
+    which row i holds `cache_seqlens[i]` tokens, the queries' included. Queries are rows of one length, or packed with
+    `cu_seq_lens_q`, int32 `(batch + 1,)`. Pages have no gradients. Where a page holds whole tiles of keys (128 tokens),
+    the kernel loads a row's last page whole: what is in it behind the row's length must be finite.
 
     A query without any key gives 0, and a log-sum-exp of -inf.
 
@@ -100,6 +102,8 @@ def flash_attention_4(
             scaling=scaling,
             is_causal=is_causal,
             sliding_window=sliding_window,
+            cu_seq_lens_q=cu_seq_lens_q,
+            max_lengths=(max_length_q, max_length_k),
         )
         return _paged(call, options)
     wide = max(query.shape[3], value.shape[3]) > _ANY and not _on_hopper(query.device)
@@ -151,10 +155,10 @@ class _Options(NamedTuple):
 def _paged(call: pages.Pages, options: _Options) -> tuple[torch.Tensor, None] | tuple[torch.Tensor, None, torch.Tensor]:
     sinks, outside = (None, options.sinks) if options.lse else (options.sinks, None)
     splits = 1 if _on_hopper(call.query.device) else options.splits
-    output, lse = over_pages(call, options.cap, sinks, splits)
+    found: Any = call.finished(*over_pages(call, options.cap, sinks, splits))
+    output, _, lse = found
     if not options.lse:
         return output, None
-    lse = pages.padded_lse(lse)
     return (output if outside is None else _with_sinks(output, lse, outside)), None, lse
 
 

@@ -125,7 +125,10 @@ def _pages(
     value: torch.Tensor,
     block_table: torch.Tensor,
     cache_seqlens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     scale: float,
     causal: bool,  # noqa: FBT001 - operators are called by position
     left: int | None,
@@ -133,11 +136,14 @@ def _pages(
     softcap: float,
     num_splits: int,
 ) -> Tensors:
+    packed = {} if cu_seqlens_q is None else {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q}
     with Refusals(query, value):
         output, lse = KERNEL.load().flash_attn_varlen_func(
             query,
             key,
             value,
+            **packed,
+            max_seqlen_k=max_seqlen_k,
             page_table=block_table,
             seqused_k=cache_seqlens,
             softmax_scale=scale,
@@ -151,11 +157,19 @@ def _pages(
     return output, lse
 
 
+def _pages_fake(query: torch.Tensor, _: torch.Tensor, value: torch.Tensor, *rest: Any) -> Tensors:
+    packed = rest[2] is not None
+    axes = (query.shape[1], query.shape[0]) if packed else (query.shape[0], query.shape[2], query.shape[1])
+    return query.new_empty((*query.shape[:-1], value.shape[3])), query.new_empty(axes, dtype=torch.float32)
+
+
 def over_pages(call: pages.Pages, softcap: float, sinks: torch.Tensor | None, num_splits: int) -> Tensors:
-    """Return the output `(batch, q_length, heads, head_dim)` and the log-sum-exp `(batch, heads, q_length)`."""
-    tensors = call.query, call.key, call.value, call.block_table, call.cache_seqlens, sinks
+    """Return the output, laid out as the query, and the log-sum-exp `(batch, heads, q_length)` or `(heads, tokens)`."""
+    tensors = call.query, call.key, call.value, call.block_table, call.cache_seqlens, call.cu_seqlens_q, sinks
+    lengths = call.max_seqlen_q, call.max_seqlen_k
     options = call.scale, call.is_causal, call.left, call.right, softcap, num_splits
-    found: Tensors = PAGES(*tensors, *options) if compat.tracing() else _pages(*tensors, *options)
+    run: Any = PAGES if compat.tracing() else _pages
+    found: Tensors = run(*tensors, *lengths, *options)
     return found
 
 
@@ -177,8 +191,9 @@ SEQUENCES: Final = compat.graph_op(
 )
 PAGES: Final = compat.graph_op(
     "attnreg_flash4::pages",
-    f"({_TENSORS}, Tensor block_table, Tensor cache_seqlens, Tensor? sinks, float scale, bool causal, int? left, "
-    "int? right, float softcap, int num_splits) -> (Tensor, Tensor)",
+    f"({_TENSORS}, Tensor block_table, Tensor cache_seqlens, Tensor? cu_seqlens_q, Tensor? sinks, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, bool causal, int? left, int? right, float softcap, "
+    "int num_splits) -> (Tensor, Tensor)",
     _pages,
-    _rows_fake,
+    _pages_fake,
 )
