@@ -8,6 +8,7 @@ import pytest
 import torch
 from doubles import GOOD
 from mutants import CORRECT, MUTANTS, SLOPES, Mutant, after, lossy, sloped, three_percent
+from paged_mutants import PAGED, PAGED_MUTANTS
 
 from attnreg.testing import LAWS, verify
 
@@ -21,9 +22,9 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def failing(backend) -> set[str]:
+def failing(backend, laws=None) -> set[str]:
     """Name the laws that a backend breaks in float32 on the CPU."""
-    card = verify(backend, device="cpu", dtypes=["float32"], quick=True)
+    card = verify(backend, device="cpu", dtypes=["float32"], quick=True, laws=laws)
     return {row.law for row in card.failures}
 
 
@@ -47,9 +48,25 @@ def test_each_mutant_is_killed_by_the_laws_that_it_breaks(mutant: Mutant) -> Non
     assert failing(mutant.backend) == mutant.broken
 
 
+OVER_PAGES = [law for law in LAWS if law.startswith("paged")]
+
+
+def test_what_the_mutants_over_pages_derive_from_is_right() -> None:
+    """The correct implementation keeps every law that it keeps without pages, and those about pages, by each form."""
+    card = verify(PAGED, device="cpu", dtypes=["float32"], quick=True)
+    assert card.holds
+    assert {row.verdict for row in card.rows if row.law in OVER_PAGES} == {"holds"}
+
+
+@pytest.mark.parametrize("mutant", PAGED_MUTANTS, ids=lambda mutant: mutant.name)
+def test_each_mutant_over_pages_is_killed_by_the_laws_that_it_breaks(mutant: Mutant) -> None:
+    """A function that errs over pages alone fails the laws about pages, those that its error is about."""
+    assert failing(mutant.backend, [*OVER_PAGES, "inputs_untouched"]) == mutant.broken
+
+
 def test_every_law_can_be_broken() -> None:
     """A law that no mutant breaks would be a check that cannot fail."""
-    assert frozenset().union(*(mutant.broken for mutant in MUTANTS)) == LAWS.keys() - {"laziness"}
+    assert frozenset().union(*(mutant.broken for mutant in (*MUTANTS, *PAGED_MUTANTS))) == LAWS.keys() - {"laziness"}
     assert len(MUTANTS) >= 20
 
 

@@ -12,9 +12,14 @@ if TYPE_CHECKING:
     from attnreg.testing.inputs import Inputs
     from attnreg.testing.subject import Subject
 
+LAYER = 1
+"""Which layer of a model the calling module is."""
+
 
 class Layer(torch.nn.Module):
     """The calling module, as in a model."""
+
+    layer_idx = LAYER
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -61,8 +66,12 @@ def keywords_of(case: Case, inputs: Inputs) -> dict[str, Any]:
         "output_attentions": case.weights or None,
         "dropout": case.dropout or None,
         "cu_seq_lens_q": inputs.starts,
-        "cu_seq_lens_k": inputs.starts,
-        "block_table": torch.zeros(case.batch, 1, dtype=torch.int32) if case.paged else None,
+        "cu_seq_lens_k": inputs.starts if case.packed else None,
+        "block_table": inputs.table,
+        "cache_seqlens": inputs.lengths,
+        "cache": inputs.cache,
         "indices": torch.zeros(case.batch, case.q_length, 1, dtype=torch.long) if case.sparse else None,
     }
+    if case.pages is not None and inputs.starts is not None:
+        given |= {"max_length_q": max(case.pages.queries), "max_length_k": max(case.pages.tokens)}
     return {name: value for name, value in given.items() if value is not None}

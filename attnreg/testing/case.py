@@ -3,8 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from attnreg.testing.patterns import EVERYTHING, Pattern
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paging:
+    """Several sequences whose keys and values are in pages; a sequence's queries are its last tokens.
+
+    Attributes:
+        form: `"rows"`, equally many queries of each sequence, with `block_table`; `"packed"`, the queries of all
+            sequences in one row, with `cu_seq_lens_q` besides; `"cache"`, the same with `cache`, which takes the new
+            keys and values in.
+        queries: of each sequence. Those of a single one come first.
+        tokens: of each sequence, the queries' included.
+        page_size: tokens of a page.
+    """
+
+    form: Literal["rows", "packed", "cache"] = "rows"
+    queries: tuple[int, ...]
+    tokens: tuple[int, ...]
+    page_size: int
+
+    def __str__(self) -> str:
+        rows = "one row" if self.form != "rows" else "rows"
+        queries = f"{', '.join(map(str, self.queries))} queries in {rows}"
+        return f"{queries}, {', '.join(map(str, self.tokens))} tokens in pages of {self.page_size}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +66,7 @@ class Case:
         dropout: the keyword.
         module_dropout: the probability that the calling module has as an attribute, while it is in training.
         packed: the row holds two sequences, told by `cu_seq_lens_q` and `cu_seq_lens_k`, without a formatter.
-        paged: keys and values are in pages, told by `block_table`.
+        pages: keys and values are in pages, without a formatter; batch and lengths are those of the pages.
         sparse: each query selects its keys, told by `indices`.
         seed: of the random numbers.
     """
@@ -73,7 +98,7 @@ class Case:
     dropout: float = 0.0
     module_dropout: float = 0.0
     packed: bool = False
-    paged: bool = False
+    pages: Paging | None = None
     sparse: bool = False
     seed: int = 0
 
@@ -84,6 +109,10 @@ class Case:
 
     def __str__(self) -> str:
         value_head_dim = self.value_head_dim or self.head_dim
+        if self.pages is not None:
+            heads = f"{self.heads} heads on {self.kv_heads}, head_dim {self.head_dim}"
+            heads += f" and {value_head_dim} of value" if value_head_dim != self.head_dim else ""
+            return ", ".join([str(self.pages), heads, *self._keywords()])
         query = (self.batch, self.heads, self.q_length, self.head_dim)
         key = (self.batch, self.kv_heads, self.kv_length, self.head_dim)
         value = (self.batch, self.kv_heads, self.kv_length, value_head_dim)
@@ -103,4 +132,4 @@ class Case:
         return [f"{words.get(name, name)}={value}" for name, value in told.items()]
 
 
-_IN_SHAPES = {"batch", "heads", "kv_heads", "q_length", "kv_length", "head_dim", "value_head_dim", "pattern"}
+_IN_SHAPES = {"batch", "heads", "kv_heads", "q_length", "kv_length", "head_dim", "value_head_dim", "pattern", "pages"}

@@ -36,6 +36,9 @@ DTYPES: Final = ("float32", "float16", "bfloat16")
 PLAIN: Final = "plain"
 """The law about what every backend computes; one that refuses all of it can do nothing."""
 
+PAGES_ALONE: Final = "it takes pages alone"
+"""Why a backend is not asked about dense keys and values."""
+
 
 class UnusableError(InvalidInputError):
     """The backend cannot be examined here: the device is missing, or it does not run on it."""
@@ -79,6 +82,8 @@ class Examination:
         """Judge the law of that name, after those that it needs."""
         if name not in self.rows:
             law = LAWS[name]
+            if law.dense and self.subject.pages_alone:
+                return _row(law, self.subject, "not applicable", detail=PAGES_ALONE)
             broken = [each for each in law.needs if self.row(each).verdict in ("fails", "not judged")]
             self.rows[name] = self._not_judged(law, broken) if broken else judge(law, self.subject)
         return self.rows[name]

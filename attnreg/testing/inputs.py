@@ -12,6 +12,7 @@ from attnreg.testing.patterns import Rows
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from attnreg.paged import Cache
     from attnreg.testing.case import Case
     from attnreg.testing.subject import Subject
 
@@ -20,7 +21,7 @@ _FORBIDDEN = 0.3
 
 
 class Inputs(NamedTuple):
-    """The tensors of a case; what it does not ask for is None."""
+    """The tensors of a case; what it does not ask for is None. With a table, key and value are pages."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -31,6 +32,9 @@ class Inputs(NamedTuple):
     bias: torch.Tensor | None
     sinks: torch.Tensor | None
     starts: torch.Tensor | None
+    table: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+    cache: Cache | None = None
 
     @property
     def heads(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -39,7 +43,7 @@ class Inputs(NamedTuple):
 
     def copied(self) -> Inputs:
         """Return equal tensors that nobody else holds."""
-        copies = {
+        copies: dict[str, Any] = {
             name: each.detach().clone() for name, each in self._asdict().items() if isinstance(each, torch.Tensor)
         }
         return self._replace(**copies)
@@ -57,7 +61,7 @@ def inputs_of(case: Case, subject: Subject) -> Inputs:
     value = normal(case.batch, case.kv_heads, case.kv_length, case.value_head_dim or case.head_dim)
     function, real = mask_of(case, subject.device)
     query, key, value = (
-        _laid_out(tensor, layout).requires_grad_(case.backward)
+        laid_out(tensor, layout).requires_grad_(case.backward)
         for tensor, layout in zip((query, key, value), _layouts(case.layout), strict=True)
     )
     return Inputs(
@@ -106,8 +110,8 @@ def request_of(case: Case, inputs: Inputs) -> Request:
     return Request.of(
         *inputs.heads,
         structures=frozenset(structures),
-        is_causal=unmasked and flagged_causal(case) and case.q_length > 1,
-        sliding_window=unmasked and window is not None and case.kv_length > window,
+        is_causal=unmasked and flagged_causal(case) and inputs.query.shape[2] > 1,
+        sliding_window=unmasked and window is not None and _longest(case) > window,
         softcap=case.softcap is not None,
         sinks=case.sinks,
         position_bias=bool(case.bias) and case.bias != "alibi",
@@ -116,10 +120,15 @@ def request_of(case: Case, inputs: Inputs) -> Request:
         weights=case.weights,
         backward=case.backward,
         dropout=case.dropout > 0,
-        packing=case.packed,
-        paged=case.paged,
+        packing=inputs.starts is not None,
+        paged=case.pages is not None,
+        page_size=None if inputs.table is None else inputs.key.shape[2],
         sparse=case.sparse,
     )
+
+
+def _longest(case: Case) -> int:
+    return case.kv_length if case.pages is None else max(case.pages.tokens)
 
 
 def flagged_causal(case: Case) -> bool:
@@ -186,7 +195,7 @@ def _layouts(layout: str) -> list[str]:
     return [how if only in ("", name) else "" for name in ("query", "key", "value")]
 
 
-def _laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     """Return the same values as a view of something else."""
     if layout == "transposed":
         return tensor.transpose(1, 2).contiguous().transpose(1, 2)

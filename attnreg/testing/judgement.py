@@ -266,8 +266,14 @@ def _written(given: Inputs, kept: Inputs) -> list[str]:
     return [
         _WORDS.get(name, name)
         for name, tensor in given._asdict().items()
-        if isinstance(tensor, torch.Tensor) and not tensor.is_meta and not torch.equal(tensor, before[name])
+        if isinstance(tensor, torch.Tensor) and not tensor.is_meta and not _equal(tensor, before[name])
     ]
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both have the same elements; pages that belong to nobody are NaN."""
+    unequal = one != other
+    return not bool(unequal.any()) or bool(one[unequal].isnan().all() and other[unequal].isnan().all())
 
 
 def _may_refuse(subject: Subject, case: Case, inputs: Inputs) -> bool:

@@ -33,6 +33,7 @@ class Law:
         feature: the capability or mask structure that it is about; empty if it is about none.
         needs: laws without which this one cannot be judged.
         once: it does not depend on the dtype.
+        dense: it asks with keys and values that are no pages, which a backend for pages alone does not take.
         threaded: it may depend on the number of threads; the others use one, which is faster for small inputs.
     """
 
@@ -45,6 +46,7 @@ class Law:
     feature: str = ""
     needs: tuple[str, ...] = ("shape",)
     once: bool = False
+    dense: bool = True
     threaded: bool = False
 
     def declared(self, subject: Subject) -> bool | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from attnreg import NO_MASK, Backend, Capabilities
+from attnreg.naming import parse
 from attnreg.testing.case import Case
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ class Subject:
         if self.backend.mask is NO_MASK:
             return replace(supports, is_causal=True, sliding_window=True, packing=True)
         return supports
+
+    @property
+    def pages_alone(self) -> bool:
+        """Whether it takes nothing but pages, as `paged|X` does."""
+        return any(wrapper.name == "paged" for wrapper in parse(self.backend.name).wrappers)
 
     @property
     def takes(self) -> frozenset[str]:

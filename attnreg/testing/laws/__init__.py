@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from attnreg.testing.laws import form, masks, order, process, results, scores
+from attnreg.testing.laws import form, masks, order, pages, process, results, scores
 
 if TYPE_CHECKING:
     from attnreg.testing.law import Law
 
 LAWS: Final[dict[str, Law]] = {
-    law.name: law for laws in (form, scores, masks, results, order, process) for law in laws.LAWS
+    law.name: law for laws in (form, scores, masks, results, order, pages, process) for law in laws.LAWS
 }
 """Every law by its name."""

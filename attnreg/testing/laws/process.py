@@ -27,7 +27,9 @@ from attnreg.testing.judgement import (
     computed,
 )
 from attnreg.testing.law import MASKED, Law, at_once
+from attnreg.testing.laws.pages import paged_case
 from attnreg.testing.laws.results import judged_lse, judged_weights
+from attnreg.testing.paging import inputs_in_pages
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -210,14 +212,17 @@ def _packed(subject: Subject) -> Iterable[Case]:
 
 def _unjudged(subject: Subject, case: Case) -> Finding:
     """Refused where it is not declared; where it is, the kit has no case of its own."""
-    wanted = "paged" if case.paged else "sparse"
-    if getattr(subject.supports, wanted):
+    if subject.supports.sparse:
         raise NotApplicableError("it is declared, and the kit has no cases for it")
     result = attempt(subject, case)
     return Finding(refused=result if isinstance(result, Refused) else None)
 
 
 def _all_inputs(subject: Subject) -> Iterable[Case]:
+    if subject.supports.paged:
+        yield paged_case(subject)
+    if subject.pages_alone:
+        return
     yield at_once(subject, pattern=patterns.CAUSAL)
     yield subject.case(pattern=patterns.CAUSAL, padding="left")
     yield from (subject.case(pattern=None, ready=kind) for kind in sorted(subject.takes))
@@ -225,22 +230,10 @@ def _all_inputs(subject: Subject) -> Iterable[Case]:
 
 def _untouched(subject: Subject, case: Case) -> Finding:
     """Judge this call, and all that were made for other laws before it."""
-    result = attempt(subject, case)
+    result = attempt(subject, case, inputs_in_pages(case, subject) if case.pages is not None else None)
     if subject.written:
         raise BrokenError(subject.written[0])
     return Finding(refused=result) if isinstance(result, Refused) else Finding(seconds=result.seconds)
-
-
-def _refusable(name: str, says: str) -> Law:
-    return Law(
-        name=name,
-        says=says,
-        remedy=f"Let the guard refuse it: leave Capabilities({name}=False), and models call backend.call.",
-        table=lambda subject: [subject.case(skip=True, **{name: True})],
-        check=_unjudged,
-        feature=name,
-        once=True,
-    )
 
 
 LAWS: Final = (
@@ -251,8 +244,15 @@ LAWS: Final = (
         table=_packed,
         feature="packing",
     ),
-    _refusable("paged", "A paged key/value cache is refused unless it is declared."),
-    _refusable("sparse", "Keys selected by indices are refused unless that is declared."),
+    Law(
+        name="sparse",
+        says="Keys selected by indices are refused unless that is declared.",
+        remedy="Let the guard refuse it: leave Capabilities(sparse=False), and models call backend.call.",
+        table=lambda subject: [subject.case(skip=True, sparse=True)],
+        check=_unjudged,
+        feature="sparse",
+        once=True,
+    ),
     Law(
         name="declaration",
         says="A feature that the function has is declared: what is not declared is refused to everybody.",
@@ -278,6 +278,7 @@ LAWS: Final = (
         check=_copied,
         once=True,
         needs=(),
+        dense=False,
     ),
     Law(
         name="laziness",
@@ -286,6 +287,7 @@ LAWS: Final = (
         check=_lazy,
         once=True,
         needs=(),
+        dense=False,
     ),
     Law(
         name="inputs_untouched",
@@ -293,5 +295,6 @@ LAWS: Final = (
         remedy="Write to a copy.",
         table=_all_inputs,
         check=_untouched,
+        dense=False,
     ),
 )
