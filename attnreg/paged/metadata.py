@@ -82,7 +82,5 @@ def on_host(
     offset = position - place * block_size
     for group, slots, table in zip(groups, made.slots, made.block_tables, strict=True):
         torch.add(offset, group.tables.tensor[owner, place], alpha=block_size, out=slots)
-        there = group.tables.tensor[:, :width]
-        table[:, : there.shape[1]] = there.index_select(0, row)
-        table[:, there.shape[1] :] = 0
+        group.tables.select(row, table)
     return made

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 ROWS, WIDTH = 16, 64
+AT_ONCE = 2**14
+"""Entries to copy at once: from 32768 on torch divides the work among threads, and waits for them on busy cores."""
 
 
 class BlockTables:
@@ -45,6 +47,14 @@ class BlockTables:
             wide *= 2
         self._allocate(rows, wide)
         self.tensor[: old.shape[0], : old.shape[1]] = old
+
+    def select(self, rows: torch.Tensor, out: torch.Tensor) -> None:
+        """Copy some rows, int64 `(count,)`, as far as *out* is wide: int32 `(count, width)`."""
+        count, width = out.shape
+        self.fit(0, width)
+        there, step = self.tensor[:, :width], max(1, AT_ONCE // width)
+        for start in range(0, count, step):
+            torch.index_select(there, 0, rows[start : start + step], out=out[start : start + step])
 
     def get(self, row: int, place: int) -> int:
         """Read one entry."""
