@@ -85,7 +85,7 @@ def attend_packed(
     tokens = Tokens(
         key=key[0].transpose(0, 1),
         value=value[0].transpose(0, 1),
-        table=cu_seq_lens_k[:-1, None],
+        table=_places(shared, cu_seq_lens_k, max(lengths_k), key.shape[2]),
         block_size=1,
         lengths_q=lengths_q,
         lengths_k=lengths_k,
@@ -298,6 +298,15 @@ def _joined(parts: list[Any], length: int) -> Result:
         return output, None
     lse = torch.cat([part[2] for part in parts], 2)
     return output, None, torch.nn.functional.pad(lse, (0, missing), value=float("-inf")) if missing else lse
+
+
+def _places(shared: dict[Hashable, Any], ends: torch.Tensor, longest: int, tokens: int) -> torch.Tensor:
+    """Return for each sequence where its tokens lie in the row; what is behind a sequence's end is not read."""
+    if "places" not in shared:
+        places = ends[:-1, None] + torch.arange(longest, dtype=ends.dtype, device=ends.device)
+        shared["places"] = places.clamp_(max=tokens - 1)
+    found: torch.Tensor = shared["places"]
+    return found
 
 
 def _read(shared: dict[Hashable, Any], what: str, ends: torch.Tensor) -> tuple[int, ...]:

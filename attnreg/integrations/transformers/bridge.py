@@ -24,12 +24,14 @@ class Bridge:
         registry: whose backends these are. Its lock is held while anything here changes.
         follow: whether a name that is registered later gets its alias at once.
         names: the backend's name for each alias.
+        backends: the backend itself for each alias.
     """
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
         self.follow = False
         self.names: dict[str, str] = {}
+        self.backends: dict[str, Backend] = {}
         registry.subscribe(self)
 
     def resolve(self, name: str) -> str:
@@ -62,6 +64,7 @@ class Bridge:
         with self.registry.lock:
             self.check(backend)
             self.names[key] = backend.name
+            self.backends[key] = backend
             formatter = formatted_for_transformers(backend.format)
             AttentionMaskInterface.register(key, formatter)
             AttentionInterface.register(key, called_by_transformers(backend))
@@ -95,6 +98,7 @@ class Bridge:
 
     def _remove(self, key: str) -> None:
         self.names.pop(key, None)
+        self.backends.pop(key, None)
         # transformers has no public way to take a registration back.
         AttentionInterface._global_mapping.pop(key, None)  # noqa: SLF001
         AttentionMaskInterface._global_mapping.pop(key, None)  # noqa: SLF001

@@ -16,7 +16,9 @@ from transformers.masking_utils import causal_mask_function
 from attnreg.backend import NO_MASK
 from attnreg.errors import BridgeError
 from attnreg.integrations.closures import read
+from attnreg.integrations.transformers.own_cache import over_caches
 from attnreg.masks import LazyMask, Unpadded, bidirectional
+from attnreg.paged.wrapping import PagedAttention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,6 +91,8 @@ def called_by_transformers(backend: Backend) -> Callable[..., Any]:
 
     Vision towers build none and say `is_causal=False`. A backend that reads no such flag is never to be without a mask.
     """
+    if isinstance(backend.attention, PagedAttention):
+        return over_caches(backend)
     if backend.mask is NO_MASK or backend.supports.is_causal:
         return backend.call
 

@@ -3,7 +3,7 @@
 Three places see every name before transformers judges it: `PreTrainedModel.__init__`, with the names in the
 configuration, `PreTrainedModel.set_attn_implementation`, and the property of a configuration that a dictionary is
 assigned to. They are wrapped, and hand transformers the alias in place of an attnreg name; what is transformers' own
-goes through as it is.
+goes through as it is. What manages transformers' continuous batching is wrapped as well; see `continuous`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from attnreg.errors import BridgeError
 from attnreg.integrations.transformers.bridge import bridge
+from attnreg.integrations.transformers.continuous import WRAPPED
 from attnreg.integrations.transformers.wording import check_keys, is_ours, settle, translated_all
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class Selection:
                 self._wrap(PreTrainedModel, "__init__", _init)
                 self._wrap(PreTrainedModel, "set_attn_implementation", _set_attn_implementation)
                 self._wrap(PreTrainedConfig, "_attn_implementation", _checked)
+                for owner, name, make in WRAPPED:
+                    if name in vars(owner):
+                        self._wrap(owner, name, make)
 
     def leave(self) -> bool:
         """Undo one `enter`, and return whether nobody is left; more than were entered change nothing."""
