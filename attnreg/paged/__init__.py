@@ -3,7 +3,37 @@
 from __future__ import annotations
 
 from attnreg.paged.attending import attend_packed, attend_pages
+from attnreg.paged.batch import PagedBatch
+from attnreg.paged.cache import PagedKVCache
+from attnreg.paged.decoding import DecodeBatch
+from attnreg.paged.errors import (
+    CacheAllocationError,
+    CacheFullError,
+    CorruptCacheError,
+    StaleBatchError,
+    UnknownSequenceError,
+)
 from attnreg.paged.masking import PagedMask, paged_mask, stand_in
 from attnreg.paged.pages import Cache, Pages
+from attnreg.paged.storage import LayerSpec
+from attnreg.paged.usage import CacheUsage
 
-__all__ = ["Cache", "PagedMask", "Pages", "attend_packed", "attend_pages", "paged_mask", "stand_in"]
+__all__ = [
+    "Cache",
+    "CacheAllocationError",
+    "CacheFullError",
+    "CacheUsage",
+    "CorruptCacheError",
+    "DecodeBatch",
+    "LayerSpec",
+    "PagedBatch",
+    "PagedKVCache",
+    "PagedMask",
+    "Pages",
+    "StaleBatchError",
+    "UnknownSequenceError",
+    "attend_packed",
+    "attend_pages",
+    "paged_mask",
+    "stand_in",
+]
