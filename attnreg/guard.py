@@ -54,6 +54,7 @@ _LIMITS: Final[tuple[tuple[Callable[[Capabilities], bool], Check], ...]] = (
         lambda can: can.dtypes is not None,
         lambda can, call: str(call.query.dtype).removeprefix("torch.") not in (can.dtypes or ()),
     ),
+    (lambda can: can.page_size_multiple != 1, lambda can, call: _page_size(call) % can.page_size_multiple != 0),
     (lambda can: not can.backward, lambda _, call: _wants_gradients(call)),
     (lambda can: not can.is_causal, lambda _, call: _wants_flag(call)),
     (
@@ -188,34 +189,28 @@ class Guarded(ByName):
         rules = self._on.get(query.device.type, self._rules) if self._on else self._rules
         if rules.supports.dtypes is not None and query.dtype.itemsize == _SINGLE:
             query, key, value = _cast(rules.supports.dtypes, query, key, value)
+        call = _Call(module, query, key, value, attention_mask, {**known, **rest} if rest else known)
         for keyword, asked in rest.items():
-            if keyword in rules.refused and _is_asked(keyword, asked, query, key, attention_mask):
-                self._judge(module, query, key, value, attention_mask, {**known, **rest})
+            if keyword in rules.refused and _is_asked(keyword, asked, call):
+                self._judge(call)
             elif keyword in self._unread and asked is not None:
                 wanted = f"{' and '.join(sorted(_NAMED - self._unread))}, which {self._name} reads"
                 raise InvalidInputError(f"the keyword {keyword!r}", "another form of pages", wanted)
             elif keyword in self._foreign and means_something(keyword, asked):
                 raise InvalidInputError(f"the keyword {keyword!r}", "not one of attnreg's", FOREIGN[keyword])
-        call = _Call(module, query, key, value, attention_mask, {**known, **rest} if rest else known)
         for exceeds in rules.limits:
             if exceeds(rules.supports, call):
-                self._judge(module, query, key, value, attention_mask, call.kwargs)
+                self._judge(call)
         return query, key, value
 
-    def _judge(
-        self, module: Any, query: Any, key: Any, value: Any, attention_mask: Any, kwargs: Mapping[str, Any]
-    ) -> None:
+    def _judge(self, call: _Call) -> None:
         """Let the reason engine judge the call, and raise what it says."""
-        asked = {
-            KEYWORDS[keyword]: True
-            for keyword in KEYWORDS.keys() & kwargs.keys()
-            if _is_asked(keyword, kwargs[keyword], query, key, attention_mask)
-        }
+        given = KEYWORDS.keys() & call.kwargs.keys()
+        asked: dict[str, Any] = {KEYWORDS[each]: True for each in given if _is_asked(each, call.kwargs[each], call)}
         if self._supports.alibi and not self._supports.position_bias and asked.pop("position_bias", False):
             asked["alibi"] = True  # or else the function says that it is not
-        call = _Call(module, query, key, value, attention_mask, kwargs)
-        asked["is_causal"] = _wants_flag(call)
-        request = Request.of(query, key, value, backward=_wants_gradients(call), **asked)
+        asked |= {"is_causal": _wants_flag(call), "page_size": _page_size(call) or None}
+        request = Request.of(call.query, call.key, call.value, backward=_wants_gradients(call), **asked)
         if found := reasons(self._supports, request):
             raise UnsupportedError(self._name, found, _able(request, self._name))
 
@@ -264,17 +259,23 @@ def _whole(default: Any) -> Any:
     return int(default) if isinstance(default, float) and default.is_integer() else default
 
 
-def _is_asked(keyword: str, value: Any, query: Any, key: Any, attention_mask: Any) -> bool:
+def _is_asked(keyword: str, value: Any, call: _Call) -> bool:
     """Whether the keyword's value changes the result: None, False and 0 do not, nor a window that all keys are in."""
     if value is None or value is False:
         return False
-    if KEYWORDS[keyword] in IN_THE_MASK and attention_mask is not None:
+    if KEYWORDS[keyword] in IN_THE_MASK and call.attention_mask is not None:
         return False
     if not isinstance(value, int | float):
         return True
-    if keyword == "sliding_window":
-        return bool(max(query.shape[-2], key.shape[-2]) > value)
+    if keyword == "sliding_window":  # nothing here says how many keys there are in pages
+        paged = call.kwargs.get("cache") is not None or _page_size(call)
+        return bool(paged or max(call.query.shape[-2], call.key.shape[-2]) > value)
     return value != 0
+
+
+def _page_size(call: _Call) -> int:
+    """Return the tokens of a page, where keys and values are pages; else 0."""
+    return 0 if call.kwargs.get("block_table") is None else int(call.key.shape[-2])
 
 
 def _cast(dtypes: frozenset[str], query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
@@ -303,8 +304,7 @@ def _asks_for(feature: str, call: _Call) -> bool:
     if feature == "is_causal":
         return _wants_flag(call)
     feature = "position_bias" if feature == "alibi" else feature  # whether it is, the last word has
-    given = ((keyword, call.kwargs.get(keyword)) for keyword in _KEYWORDS_OF.get(feature, ()))
-    return any(_is_asked(keyword, value, call.query, call.key, call.attention_mask) for keyword, value in given)
+    return any(_is_asked(keyword, call.kwargs.get(keyword), call) for keyword in _KEYWORDS_OF.get(feature, ()))
 
 
 def _able(request: Request, name: str) -> tuple[str, ...]:
