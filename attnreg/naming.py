@@ -100,13 +100,13 @@ def spelled(name: str) -> str:
 
 
 def unspelled(alias: str, names: Iterable[str]) -> str:
-    """Return which of *names* an alias stands for; the name in lower case if it is none of them.
+    """Return which of *names* an alias stands for, wrappers left of it as they are; in lower case if it is none of them.
 
     Raises:
         InvalidNameError: it is two of them, which differ only in upper and lower case.
     """
-    rest = alias.removeprefix(PREFIX)
-    found = sorted(name for name in names if name.upper() == rest.upper())
+    left, bar, base = alias.removeprefix(PREFIX).rpartition("|")
+    found = sorted(name for name in names if name.upper() == base.upper())
     if len(found) > 1:
         raise InvalidNameError(alias, f"it stands for {' and for '.join(map(repr, found))}")
-    return found[0] if found else rest.lower()
+    return left.lower() + bar + (found[0] if found else base.lower())

@@ -17,7 +17,6 @@ from transformers import (
     BloomConfig,
     BloomModel,
     CLIPVisionConfig,
-    ContinuousBatchingConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -25,6 +24,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.generation.continuous_batching.cache import PagedAttentionMemoryHandler
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
 import attnreg
 from attnreg import BridgeError, Capabilities, KernelError, reference
@@ -37,7 +38,7 @@ IDS = torch.tensor([[3, 4, 5, 6]])
 
 def state() -> tuple[dict[str, object], ...]:
     """Return all of transformers that attnreg may touch."""
-    owners = PreTrainedModel, PreTrainedConfig
+    owners = PreTrainedModel, PreTrainedConfig, ContinuousBatchingManager, PagedAttentionMemoryHandler
     attributes = [
         {name: value for name, value in vars(owner).items() if name != "_can_set_attn_implementation_cached_value"}
         for owner in owners
@@ -82,7 +83,9 @@ NAMES = [
     ("sdpa_math", "attnreg:SDPA_MATH"),
     ("varlen", "attnreg:VARLEN"),
     ("loopback", "attnreg:LOOPBACK"),
-    ("paged|sdpa_math", "attnreg:SDPA_MATH"),  # transformers itself drops the prefix
+    ("paged|sdpa_math", "attnreg:PAGED|SDPA_MATH"),
+    ("attnreg:paged|Sdpa", "attnreg:PAGED|SDPA"),
+    ("paged|attnreg:sdpa", "attnreg:PAGED|SDPA"),
     ("sdpa", "sdpa"),
     ("eager", "eager"),
     ("flex_attention", "flex_attention"),
@@ -302,12 +305,3 @@ def test_threads() -> None:
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(work, range(24))) == {"attnreg:SDPA_MATH"}
     assert state() == before
-
-
-def test_continuous_batching() -> None:
-    """Transformers admits no name to it but its own: an alias is refused, and not run as something else."""
-    bridge.enable("sdpa")
-    model = llama(attn_implementation="attnreg:sdpa")
-    stays = ContinuousBatchingConfig(auto_switch_to_flash=False)  # or else it is, where FlashAttention is installed
-    with pytest.raises(ValueError, match="Implementation attnreg:SDPA is not supported for continuous batching"):
-        model.generate_batch(inputs=[[3, 4, 5]], continuous_batching_config=stays)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 _PAGED = "paged|"
-"""A prefix that transformers strips by itself."""
+"""A prefix of transformers' own names, and of attnreg's: what follows says whose `paged|X` is meant."""
 
 
 class UnknownImplementationError(UnknownBackendError, ValueError):
@@ -36,13 +36,14 @@ def translated(asked: str) -> str:
         AttnregError: the backend cannot be used; see `alias`.
     """
     bare = asked.removeprefix(_PAGED)
+    paged = asked[: len(asked) - len(bare)]
     if not _is_alias(bare):
         if bare in _own_names() or "/" in bare:
             return asked
         if bare not in bridge.registry:
             raise UnknownImplementationError(bare, {*bridge.registry.names(), *_own_names()})
-        return bridge.resolve(bare)
-    rest = bare[len(PREFIX) :]
+        return bridge.resolve(asked)
+    rest = paged + bare[len(PREFIX) :]
     if (key := PREFIX + rest.upper()) in bridge.names:
         return key
     if "/" in rest:
