@@ -1,0 +1,203 @@
+"""The loop behind a batcher: requests in, steps planned and run, tokens handed out; what fails is told apart."""
+
+from __future__ import annotations
+
+from collections import deque
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from attnreg.serving.errors import RequestCancelledError, RequestFailedError
+from attnreg.serving.report import Meter, Report
+from attnreg.serving.scheduler import Step
+from attnreg.serving.turns import Turns
+
+if TYPE_CHECKING:
+    from attnreg.paged.cache import PagedKVCache
+    from attnreg.serving.decoding import StaticDecoding
+    from attnreg.serving.request import Request
+    from attnreg.serving.scheduler import Scheduler, Sequence
+    from attnreg.serving.steps import Launch, Runner
+
+    Event = tuple[Request, int]
+
+
+class Engine:
+    """Runs requests.
+
+    Args:
+        scheduler: says what comes next.
+        runner: runs it.
+        cache: where the blocks are.
+        overlap: a step is launched before the tokens of the last one are read.
+        static: runs the steps in which all sequences decode; None leaves them to the runner.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        cache: PagedKVCache,
+        *,
+        overlap: bool,
+        static: StaticDecoding | None = None,
+    ) -> None:
+        self.static = static
+        self.scheduler = scheduler
+        self.runner = runner
+        self.cache = cache
+        self.overlap = overlap
+        self.meter = Meter()
+        self.live: dict[Request, Sequence | None] = {}
+        self._inbox: deque[Request] = deque()
+        self._cancelled: deque[Request] = deque()
+        self._flying: Launch | None = None
+        self._hits = 0
+        self._turns = Turns()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; from any thread."""
+        self.meter.requests += 1
+        self.live[request] = None
+        self._inbox.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """End a request; from any thread. If one is in a step, that one does it."""
+        self._cancelled.append(request)
+        self._clear()
+
+    def cancel_all(self) -> None:
+        """End everything."""
+        for request in list(self.live):
+            self.cancel(request)
+
+    def step(self) -> list[Event]:
+        """Run one step, and return the tokens that came in."""
+        with self._turns.take():
+            since = perf_counter()
+            self._take_in()
+            events = self._advance()
+            self._drop_cancelled()
+            self.meter.time(since)
+        self._clear()
+        return events
+
+    def report(self) -> Report:
+        """Return the numbers so far."""
+        usage = self.cache.usage
+        return self.meter.report(
+            waiting=len(self.scheduler.waiting) + len(self._inbox),
+            running=len(self.scheduler.running),
+            prefix_hits=self._hits + sum(each.hits for each in self.live.values() if each is not None),
+            preemptions=self.scheduler.preemptions,
+            max_requests=self.scheduler.max_requests,
+            num_blocks=usage.num_blocks,
+            blocks_in_use=usage.held,
+        )
+
+    def _take_in(self) -> None:
+        while self._inbox:
+            request = self._inbox.popleft()
+            if request in self.live:
+                self.live[request] = self.scheduler.submit(request)
+        self._drop_cancelled()
+
+    def _clear(self) -> None:
+        """Do what was cancelled while another thread was at the end of its step."""
+        while self._cancelled:
+            with self._turns.take_if_free() as free:
+                if not free:
+                    return
+                self._drop_cancelled()
+
+    def _drop_cancelled(self) -> None:
+        while self._cancelled:
+            request = self._cancelled.popleft()
+            if not request.done:
+                self.meter.cancelled += 1
+                self._drop(request)
+                request.finish("cancelled", RequestCancelledError(len(request.tokens), "by cancel() or close()"))
+
+    def _drop(self, request: Request) -> None:
+        sequence = self.live.pop(request, None)
+        if sequence is not None:
+            self._hits += sequence.hits
+            self.scheduler.finish(sequence)
+
+    def _advance(self) -> list[Event]:
+        step = self.scheduler.plan()
+        if step is None:
+            return self._land()
+        try:
+            launch = self._launch(step)
+        except Exception as error:  # noqa: BLE001 - the model is anybody's, and one request's trouble is not the others'
+            return self._land() + self._one_by_one(step, error)
+        if not self.overlap:
+            return self._receive(launch)
+        events = self._land()
+        self._flying = launch
+        return events
+
+    def _launch(self, step: Step) -> Launch:
+        launch = self.static.launch(step) if self.static is not None and self.static.takes(step) else None
+        self.meter.replayed += launch is not None
+        if launch is None:
+            launch = self.runner.launch(step)
+        self.meter.step(step, len(launch.sequences), self.cache.usage.held)
+        self.scheduler.commit(step)
+        return launch
+
+    def _land(self) -> list[Event]:
+        """Hand out the tokens of the step that is under way."""
+        launch, self._flying = self._flying, None
+        return [] if launch is None else self._receive(launch)
+
+    def _one_by_one(self, step: Step, error: Exception) -> list[Event]:
+        """Try the sequences of a failed step again, each alone; what fails then ends with its error."""
+        events: list[Event] = []
+        alone = len(step.sequences) == 1
+        for sequence, tokens in zip(step.sequences, step.lengths, strict=True):
+            request = sequence.request
+            if request.done or sequence.slot < 0:
+                continue
+            single = Step(sequences=(sequence,), lengths=(tokens,))
+            try:
+                if alone:
+                    raise error  # noqa: TRY301 - it has failed alone already
+                events += self._receive(self._launch(single))
+            except Exception as its_own:  # noqa: BLE001 - as above
+                self._fail(request, "the model", its_own)
+        return events
+
+    def _fail(self, request: Request, where: str, error: Exception) -> None:
+        self.meter.failed += 1
+        self._drop(request)
+        request.finish("error", RequestFailedError(where, len(request.tokens), error))
+
+    def _receive(self, launch: Launch) -> list[Event]:
+        """Hand out a step's tokens; those of requests that have ended meanwhile are thrown away."""
+        events: list[Event] = []
+        for sequence, token in zip(launch.sequences, launch.read(), strict=True):
+            request = sequence.request
+            if request.done:
+                continue
+            self.scheduler.receive(sequence, token)
+            request.tokens.append(token)
+            events.append((request, token))
+            self._told(request, token)
+        return events
+
+    def _told(self, request: Request, token: int) -> None:
+        if request.on_token is not None:
+            try:
+                request.on_token(request, token)
+            except Exception as error:  # noqa: BLE001 - a callback's trouble is its request's
+                self._fail(request, "on_token", error)
+                return
+            self._drop_cancelled()
+        if request.done:
+            return
+        ended = token in request.eos_token_ids
+        if ended or len(request.tokens) >= request.max_new_tokens:
+            self.meter.finished += 1
+            self._drop(request)
+            request.finish("eos" if ended else "length")

@@ -1,0 +1,93 @@
+"""How the next token is chosen from the logits: the largest, or a draw that depends on the request alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from attnreg.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_PLACES = 2**32
+"""Seeds and places share the 64 bits of a generator's seed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the tokens of a request are drawn.
+
+    The draw of a token depends on the seed and on its place in the answer alone: not on the batch, nor on whether the
+    request was set back meanwhile.
+
+    Attributes:
+        temperature: what logits are divided by.
+        top_k: only so many of the likeliest tokens; None for all.
+        top_p: only the likeliest tokens that have this probability together, the one that reaches it included.
+        seed: equal seeds draw equally.
+
+    Raises:
+        InvalidInputError: a number out of its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            wanted = "a finite number above 0; greedy is sampling=None"
+            raise InvalidInputError("temperature", repr(self.temperature), wanted)
+        if self.top_k is not None and self.top_k < 1:
+            raise InvalidInputError("top_k", repr(self.top_k), "1 or more, or None")
+        if not 0 < self.top_p <= 1:
+            raise InvalidInputError("top_p", repr(self.top_p), "a probability above 0 and up to 1")
+        if not 0 <= self.seed < _PLACES // 2:
+            raise InvalidInputError("seed", repr(self.seed), f"0 or more, below {_PLACES // 2}")
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """Return the likeliest token of each row `(rows, vocabulary)`, int64; the first of several."""
+    return logits.argmax(-1)
+
+
+def draw(logits: torch.Tensor, drawn: Mapping[int, tuple[Sampling, int]], tokens: torch.Tensor) -> None:
+    """Put tokens that are drawn in the place of greedy ones.
+
+    Args:
+        logits: `(rows, vocabulary)`.
+        drawn: for each row that is drawn, how, and the token's place in its answer.
+        tokens: int64 `(rows,)`; changed.
+    """
+    rows = torch.tensor(list(drawn), device=logits.device)
+    ways = [way for way, _ in drawn.values()]
+    temperatures = torch.tensor([way.temperature for way in ways], device=logits.device)
+    scores = logits.index_select(0, rows).float() / temperatures[:, None]
+    if any(way.top_k is not None or way.top_p < 1 for way in ways):
+        scores = _likeliest(scores, ways)
+    noise = torch.stack([_noise(scores[row], way.seed, place) for row, (way, place) in enumerate(drawn.values())])
+    # Of exponential clocks with these rates, each token's rings first with its probability.
+    tokens.index_copy_(0, rows, (scores.softmax(-1) / noise).argmax(-1))
+
+
+def _likeliest(scores: torch.Tensor, ways: list[Sampling]) -> torch.Tensor:
+    """Hide what `top_k` leaves out, and then what `top_p` leaves out of the rest."""
+    ordered, order = torch.sort(scores, stable=True, dim=-1, descending=True)
+    vocabulary = scores.shape[-1]
+    most = torch.tensor([min(way.top_k or vocabulary, vocabulary) for way in ways], device=scores.device)
+    ranks = torch.arange(vocabulary, device=scores.device)
+    ordered = ordered.masked_fill(ranks >= most[:, None], float("-inf"))
+    chances = ordered.softmax(-1)
+    before = chances.cumsum(-1) - chances
+    share = torch.tensor([way.top_p for way in ways], device=scores.device)
+    hidden = (before >= share[:, None]) & (share < 1)[:, None]
+    return torch.empty_like(scores).scatter_(-1, order, ordered.masked_fill(hidden, float("-inf")))
+
+
+def _noise(like: torch.Tensor, seed: int, place: int) -> torch.Tensor:
+    generator = torch.Generator(like.device).manual_seed(seed * _PLACES + place)
+    return torch.empty_like(like).exponential_(generator=generator).clamp_min_(torch.finfo(like.dtype).tiny)
