@@ -10,7 +10,8 @@ from attnreg.paged.cache import PagedKVCache
 from attnreg.paged.errors import CacheFullError
 from attnreg.paged.storage import LayerSpec
 
-BLOCK, BLOCKS, WINDOW = 2, 7, 4
+BLOCK, WINDOW = 2, 4
+BLOCKS = {None: 7, WINDOW: 5, 1: 4}
 LAYERS = (
     LayerSpec(kv_heads=1, head_dim=1),
     LayerSpec(kv_heads=1, head_dim=1, sliding_window=WINDOW),

@@ -19,7 +19,7 @@ class CacheMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.twin = Twin()
-        self.decode = self.twin.cache.decoding(3, BLOCKS)
+        self.decode = self.twin.cache.decoding(3, BLOCKS[None])
         self.open: tuple[object, dict[int, tuple[int, int]], list[Remembered]] | None = None
 
     def some(self, data) -> int:
@@ -127,7 +127,9 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: 0 < len(self.twin.sequences) < 5)
     @rule(data=st.data())
     def fork(self, data):
-        parent = self.twin.sequences[name := self.some(data)]
+        # Who is in a batch that is still open is of more interest than others.
+        inside = [name for name in (self.open[1] if self.open else ()) if name in self.twin.sequences]
+        parent = self.twin.sequences[name := data.draw(st.sampled_from(inside or sorted(self.twin.sequences)))]
         copy = self.twin.names = self.twin.names + 1
         free = self.twin.cache.usage.free
         self.twin.cache.fork(name, copy)
@@ -157,6 +159,17 @@ class CacheMachine(RuleBasedStateMachine):
         if sequence.salt is None:
             self.twin.add(sequence.tokens)
 
+    @rule()
+    def evict(self):
+        cache = self.twin.cache
+        name = self.twin.add(None)
+        room = cache.room(name)
+        if room:
+            cache.reserve(name, room)
+            assert min(group.free + group.cached for group in cache.usage.groups) == 0
+        cache.release(name)
+        del self.twin.sequences[name]
+
     @invariant()
     def agree(self):
         self.twin.see()
@@ -167,8 +180,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.twin.cache.check()
         usage = self.twin.cache.usage
         assert (usage.held, usage.shared) == (0, 0)
-        assert usage.free + usage.cached == usage.num_blocks == 3 * BLOCKS
-        assert self.twin.cache.longest == BLOCK * BLOCKS
+        assert usage.free + usage.cached == usage.num_blocks == sum(BLOCKS.values())
+        assert self.twin.cache.longest == BLOCK * BLOCKS[None]
 
 
 TestCacheMachine = CacheMachine.TestCase

@@ -131,7 +131,8 @@ class PagedKVCache:
         Raises:
             InvalidInputError: the name is taken, or *tokens* is a tensor or has something that cannot be hashed.
         """
-        refuse_tokens(tokens or ())
+        if tokens is not None:
+            refuse_tokens(tokens)
         known = list(tokens) if tokens is not None and self.share_prefixes else None
         made = self._sequences.add(sequence, self.prefixes, known)
         if known:
