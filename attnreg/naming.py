@@ -100,7 +100,7 @@ def spelled(name: str) -> str:
 
 
 def unspelled(alias: str, names: Iterable[str]) -> str:
-    """Return which of *names* an alias stands for, wrappers left of it as they are; in lower case if it is none of them.
+    """Return which of *names* an alias stands for, with its wrappers; in lower case if it is none of them.
 
     Raises:
         InvalidNameError: it is two of them, which differ only in upper and lower case.
