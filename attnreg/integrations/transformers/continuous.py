@@ -19,6 +19,7 @@ from attnreg.errors import BridgeError, UnsupportedError
 from attnreg.integrations.transformers.bridge import bridge
 from attnreg.integrations.transformers.needs import needs_of
 from attnreg.integrations.transformers.own_cache import unknown
+from attnreg.integrations.transformers.per_layer import ATTRIBUTE, Own
 from attnreg.integrations.transformers.signs import lookup_of
 from attnreg.naming import spelled
 from attnreg.paged.wrapping import PagedAttention, wrap
@@ -100,14 +101,22 @@ def switch(manager: Any, model: Any, backend: Backend) -> None:
     former = getattr(config, _STORED)
     layers = [each for each in model.modules() if isinstance(getattr(each, "config", None), type(config))]
     for layer in layers:
-        if lookup_of(layer) is not None and (found := reasons(paged.supports, needs_of(layer, config))):
-            raise UnsupportedError(paged.name, found)
+        _check_layer(layer, paged, config)
     key = spelled(paged.name)
     if bridge.backends.get(key) is not backend:
         key = bridge.add(paged)
     configs = {id(each.config): each.config for each in layers if getattr(each.config, _STORED) == former}
     configs |= {id(each): each for each in (model.config, config)}
     _managers.setdefault(manager, Switched()).enter(list(configs.values()), key)
+
+
+def _check_layer(layer: Any, paged: Backend, config: Any) -> None:
+    if isinstance(own := getattr(layer, ATTRIBUTE, None), Own):
+        problem = f"a {type(layer).__name__} is on transformers' own {own.name!r}, and other layers of its model on"
+        remedy = "Name a backend of attnreg's for all layers, for continuous batching."
+        raise BridgeError("transformers", f"{problem} backends of attnreg's", remedy)
+    if lookup_of(layer) is not None and (found := reasons(paged.supports, needs_of(layer, config))):
+        raise UnsupportedError(paged.name, found)
 
 
 def check_graphs(asked: Any, backend: Backend, device: str) -> None:
