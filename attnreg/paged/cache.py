@@ -45,7 +45,8 @@ class PagedKVCache:
         block_size: tokens of a block. Kernels have wishes: flash-attn 2 a multiple of 256, others 16 or 128.
         dtype: of keys and values; torch's default one if None.
         device: where the blocks are.
-        share_prefixes: whether sequences that begin with the same tokens share full blocks.
+        share_prefixes: whether sequences that begin with the same tokens share full blocks. They hold what the model
+            made of the tokens; a model whose weights change takes a new cache.
 
     Raises:
         InvalidInputError: no layers, or a number below one.

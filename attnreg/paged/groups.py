@@ -63,15 +63,18 @@ class LayerGroup:
             total += max(0, -(-(sequence.length + tokens) // self.block_size) - sequence.blocks)
             ends[self.shared_end(sequence)] += 1
         del ends[0]
-        for block, writers in ends.items():  # the last of its holders may keep the block, unless its tokens are known
-            known = block in self.pool.nodes
-            total += writers if known else min(writers, self.pool.references[block] - 1)
+        for block, writers in ends.items():  # the last of its holders keeps the block
+            total += min(writers, self.pool.references[block] - 1)
         return total
 
     def own_end(self, sequence: Sequence) -> bool:
-        """Give a sequence a copy of its last block if it may not write into it; say whether it did."""
+        """Give a sequence a copy of its last block if others hold it too; say whether it did.
+
+        A block that it alone holds is one that nobody will find any more.
+        """
         old = self.shared_end(sequence)
-        if not old:
+        if self.pool.references[old] <= 1:
+            self.pool.unknow(old)
             return False
         new = self.pool.take()
         for layer in self.layers:

@@ -57,7 +57,7 @@ class BlockPool:
             self.fresh += 1
         else:
             block, _ = self.cached.popitem(last=False)
-            self.nodes.pop(block).forget(self.group)
+            self.unknow(block)
         self.references[block] = 1
         return block
 
@@ -87,3 +87,9 @@ class BlockPool:
         if not node.blocks[self.group] and block not in self.nodes:
             node.blocks[self.group] = block
             self.nodes[block] = node
+
+    def unknow(self, block: int) -> None:
+        """Let nobody find *block* by its tokens any more, if they were known."""
+        node = self.nodes.pop(block, None)
+        if node is not None:
+            node.forget(self.group)
