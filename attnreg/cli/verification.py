@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
@@ -85,7 +86,7 @@ def _command(name: str, device: str | None, dtypes: list[str] | None, *, quick: 
     words = ["attnreg", "verify", name]
     words += ["--device", device] if device else []
     words += [word for dtype in dtypes or () for word in ("--dtype", dtype)]
-    return " ".join([*words, *(["--quick"] if quick else [])])
+    return shlex.join([*words, *(["--quick"] if quick else [])])
 
 
 def _write(card: Card, html: Path | None, markdown: Path | None) -> None:

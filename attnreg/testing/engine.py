@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import statistics
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -135,7 +136,7 @@ def verify(
         dtypes=tuple(wanted),
         versions={"attnreg": __version__, "torch": torch.__version__, "python": platform.python_version()},
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
-        command=command or f"attnreg verify {backend.name} --device {where.type}{' --quick' * quick}",
+        command=command or f"attnreg verify {shlex.quote(backend.name)} --device {where.type}{' --quick' * quick}",
         lossy=backend.supports.lossy,
         rows=tuple(found),
     )

@@ -147,7 +147,7 @@ def _drawn(subject: Subject, *forms: str, most: int = 12, **fields: SearchStrate
 
 def _with_keywords(subject: Subject) -> SearchStrategy[Case]:
     can = subject.supports
-    fields: dict[str, SearchStrategy[Any]] = {"sliding_window": st.sampled_from([None, 1, 3, 20])}
+    fields: dict[str, Any] = {"sliding_window": st.sampled_from([None, 1, 3, 20])}
     if can.softcap:
         fields["softcap"] = st.sampled_from([None, 0.7, 20.0])
     for name in ("sinks", "lse"):
