@@ -238,13 +238,13 @@ def test_room_is_counted_for_all_of_them_together() -> None:
 
 def test_a_batch_is_built_and_committed_in_a_millisecond() -> None:
     """128 sequences of 4096 tokens in blocks of 16: the host takes under a millisecond for each, at its best."""
-    cache = PagedKVCache([LayerSpec(kv_heads=1, head_dim=1)], num_blocks=128 * 257)
+    cache = PagedKVCache([LayerSpec(kv_heads=1, head_dim=1)], num_blocks=128 * 260)
     for name in range(128):
         cache.add(name)
-        cache.reserve(name, 4112)
+        cache.reserve(name, 4160)
         cache._sequences.get(name).length = 4096
     took = []
-    for _ in range(15):
+    for _ in range(60):  # other work on the same cores must not decide
         start = time.perf_counter()
         batch = cache.batch(dict.fromkeys(range(128), 1))
         built = time.perf_counter()
