@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from attnreg import errors
+from attnreg.paged import errors as paged_errors
+from attnreg.serving import errors as serving_errors
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("plugins/*/*.md")])
@@ -39,6 +41,7 @@ def test_readme_has_the_two_commands() -> None:
 def test_every_error_is_documented() -> None:
     """The page about errors names each class."""
     page = (ROOT / "docs" / "errors.md").read_text()
-    for name, value in vars(errors).items():
-        if isinstance(value, type) and issubclass(value, errors.AttnregError):
-            assert name in page, name
+    for module in (errors, paged_errors, serving_errors):
+        for name, value in vars(module).items():
+            if isinstance(value, type) and issubclass(value, errors.AttnregError):
+                assert name in page, name

@@ -199,7 +199,7 @@ def test_a_cache_that_the_device_has_no_room_for() -> None:
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert str(caught.value) == (
         f"a cache of {2**50} blocks of 16 tokens wants {wanted} bytes ({wanted / 2**30:.2f} GiB) on cpu, which has no room "
-        "for them. Ask for fewer blocks (attnreg.paged.storage.bytes_wanted says what a cache takes), or for a smaller "
+        "for them. Ask for fewer blocks (attnreg.paged.bytes_wanted says what a cache takes), or for a smaller "
         "dtype."
     )
 

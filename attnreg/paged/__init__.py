@@ -15,8 +15,8 @@ from attnreg.paged.errors import (
 )
 from attnreg.paged.masking import PagedMask, paged_mask, stand_in
 from attnreg.paged.pages import Cache, Pages
-from attnreg.paged.storage import LayerSpec
-from attnreg.paged.usage import CacheUsage
+from attnreg.paged.storage import LayerSpec, bytes_wanted
+from attnreg.paged.usage import CacheUsage, GroupUsage
 
 __all__ = [
     "Cache",
@@ -25,6 +25,7 @@ __all__ = [
     "CacheUsage",
     "CorruptCacheError",
     "DecodeBatch",
+    "GroupUsage",
     "LayerSpec",
     "PagedBatch",
     "PagedKVCache",
@@ -34,6 +35,7 @@ __all__ = [
     "UnknownSequenceError",
     "attend_packed",
     "attend_pages",
+    "bytes_wanted",
     "paged_mask",
     "stand_in",
 ]

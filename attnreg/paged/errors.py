@@ -52,7 +52,7 @@ class CacheAllocationError(AttnregError):
         blocks = " + ".join(map(str, num_blocks))
         super().__init__(
             f"a cache of {blocks} blocks of {block_size} tokens wants {wanted} bytes ({wanted / GIB:.2f} GiB) on "
-            f"{device}, which has no room for them. Ask for fewer blocks (attnreg.paged.storage.bytes_wanted says "
+            f"{device}, which has no room for them. Ask for fewer blocks (attnreg.paged.bytes_wanted says "
             "what a cache takes), or for a smaller dtype.",
             wanted=wanted,
             device=str(device),
