@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
 
@@ -12,7 +13,7 @@ from attnreg.models import get_attn_implementation, set_attn_implementation
 from attnreg.paged.cache import PagedKVCache
 from attnreg.selection import resolve
 from attnreg.serving.decoding import StaticDecoding
-from attnreg.serving.engine import Engine
+from attnreg.serving.engine import Engine, closed
 from attnreg.serving.errors import BatcherClosedError, RequestTooLongError
 from attnreg.serving.probe import examine
 from attnreg.serving.prompts import ends_of, tokens_of
@@ -79,11 +80,10 @@ class ContinuousBatcher:
         _check(model, attn_implementation, max_batch_tokens, max_requests)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         anatomy, expected = examine(model, trial(vocabulary, model.device))
-        backend = resolve(attn_implementation, anatomy.needs)
+        backend = resolve(attn_implementation, replace(anatomy.needs, page_size=block_size))
         size = block_size_of(backend, anatomy, block_size)
         self.model = model
         self.attn_implementation = backend.name
-        self.closed = False
         self._anatomy = anatomy
         self._former = get_attn_implementation(model)
         set_attn_implementation(model, backend.name)
@@ -101,7 +101,11 @@ class ContinuousBatcher:
                 share_prefixes=share_prefixes,
             )
             scheduler = Scheduler(
-                blocks=self.cache, max_batch_tokens=max_batch_tokens, max_requests=max_requests, headroom=size
+                blocks=self.cache,
+                max_batch_tokens=max_batch_tokens,
+                max_requests=max_requests,
+                block_size=size,
+                headroom=size,
             )
             runner = Runner(forward, self.cache, max_requests)
             graphs = wants_graphs(backend, anatomy, size, cuda_graphs)
@@ -140,7 +144,8 @@ class ContinuousBatcher:
             InvalidInputError: no tokens, tokens that the model does not have, or less than one new token.
             RequestTooLongError: the cache, or the model's table of positions, could never hold it.
         """
-        self._check_open()
+        if self.closed:
+            raise closed()
         request = Request(
             tokens_of(prompt_ids, self.model.config.get_text_config(decoder=True).vocab_size),
             max_new_tokens=max_new_tokens,
@@ -165,6 +170,11 @@ class ContinuousBatcher:
             self._engine.cancel(request)
 
     @property
+    def closed(self) -> bool:
+        """Whether the model has been given back."""
+        return self._engine.closed
+
+    @property
     def busy(self) -> bool:
         """Whether there are requests that are not done."""
         return bool(self._engine.live)
@@ -181,12 +191,8 @@ class ContinuousBatcher:
             BatcherClosedError: the model has been given back, or somebody has changed its implementation.
             ServingError: called from a callback.
         """
-        self._check_open()
-        if _stored(self.model) != self._stored:
-            now = get_attn_implementation(self.model)
-            raise BatcherClosedError(f"the model runs on {now!r} now, and not on {self.attn_implementation!r}")
         with torch.inference_mode():
-            return self._engine.step()
+            return self._engine.step(self._check_model)
 
     def run(self) -> None:
         """Run until every request is done, those included that come meanwhile."""
@@ -226,8 +232,7 @@ class ContinuousBatcher:
     def close(self) -> None:
         """Cancel what is left and give the model back its former implementation; again does nothing."""
         if not self.closed:
-            self._engine.cancel_all()
-            self._give_back()
+            self._engine.close(self._give_back)
 
     def __enter__(self) -> Self:
         return self
@@ -238,13 +243,13 @@ class ContinuousBatcher:
         self.close()
 
     def _give_back(self) -> None:
-        self.closed = True
         _served.discard(self.model)
         set_attn_implementation(self.model, self._former, check=False)
 
-    def _check_open(self) -> None:
-        if self.closed:
-            raise BatcherClosedError("this batcher is closed, and its model has been given back")
+    def _check_model(self) -> None:
+        if _stored(self.model) != self._stored:
+            now = get_attn_implementation(self.model)
+            raise BatcherClosedError(f"the model runs on {now!r} now, and not on {self.attn_implementation!r}")
 
     def _check_length(self, request: Request) -> None:
         prompt, new = len(request.prompt), request.max_new_tokens

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
+from threading import Lock
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from attnreg.serving.errors import RequestCancelledError, RequestFailedError
+from attnreg.serving.errors import BatcherClosedError, RequestCancelledError, RequestFailedError
 from attnreg.serving.report import Meter, Report
 from attnreg.serving.scheduler import Step
 from attnreg.serving.turns import Turns
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from attnreg.paged.cache import PagedKVCache
     from attnreg.serving.decoding import StaticDecoding
     from attnreg.serving.request import Request
@@ -51,28 +54,52 @@ class Engine:
         self._inbox: deque[Request] = deque()
         self._cancelled: deque[Request] = deque()
         self._flying: Launch | None = None
+        self.closed = False
+        self._queue = Lock()
         self._hits = 0
         self._turns = Turns()
 
     def submit(self, request: Request) -> None:
-        """Queue a request; from any thread."""
-        self.meter.requests += 1
-        self.live[request] = None
-        self._inbox.append(request)
+        """Queue a request; from any thread.
+
+        Raises:
+            BatcherClosedError: nobody will run it.
+        """
+        with self._queue:
+            if self.closed:
+                raise closed()
+            self.meter.requests += 1
+            self.live[request] = None
+            self._inbox.append(request)
 
     def cancel(self, request: Request) -> None:
         """End a request; from any thread. If one is in a step, that one does it."""
         self._cancelled.append(request)
         self._clear()
 
-    def cancel_all(self) -> None:
-        """End everything."""
-        for request in list(self.live):
-            self.cancel(request)
-
-    def step(self) -> list[Event]:
-        """Run one step, and return the tokens that came in."""
+    def close(self, give_back: Callable[[], None]) -> None:
+        """End everything, and then do what gives the model back; a step that is under way ends first."""
+        with self._queue:
+            self.closed = True
+        if self._turns.mine:  # a callback's: the model has done its part of this step
+            self._end_all()
+            give_back()
+            return
         with self._turns.take():
+            self._end_all()
+            give_back()
+
+    def _end_all(self) -> None:
+        self._flying = None
+        self._cancelled.extend(self.live)
+        self._drop_cancelled()
+
+    def step(self, check: Callable[[], None]) -> list[Event]:
+        """Run one step, unless *check* raises, and return the tokens that came in."""
+        with self._turns.take():
+            if self.closed:
+                raise closed()
+            check()
             since = perf_counter()
             self._take_in()
             events = self._advance()
@@ -87,7 +114,7 @@ class Engine:
         return self.meter.report(
             waiting=len(self.scheduler.waiting) + len(self._inbox),
             running=len(self.scheduler.running),
-            prefix_hits=self._hits + sum(each.hits for each in self.live.values() if each is not None),
+            prefix_hits=self._hits + sum(each.hits for each in list(self.live.values()) if each is not None),
             preemptions=self.scheduler.preemptions,
             max_requests=self.scheduler.max_requests,
             num_blocks=usage.num_blocks,
@@ -201,3 +228,8 @@ class Engine:
             self.meter.finished += 1
             self._drop(request)
             request.finish("eos" if ended else "length")
+
+
+def closed() -> BatcherClosedError:
+    """Return the error of who comes too late."""
+    return BatcherClosedError("this batcher is closed, and its model has been given back")

@@ -172,7 +172,7 @@ def examine(model: Any, tokens: torch.Tensor) -> tuple[Anatomy, torch.Tensor]:
         tokens: int64 `(1, length)`.
 
     Returns:
-        What was found out, and the logits `(length, vocabulary)`.
+        What was found out, and the logits of the model as it is, `(length, vocabulary)`.
 
     Raises:
         UnservableModelError: the model cannot be run over pages; says why, and what can.
@@ -181,10 +181,11 @@ def examine(model: Any, tokens: torch.Tensor) -> tuple[Anatomy, torch.Tensor]:
     try:
         _check(model)
         recorder = _Recorder()
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        with _probed(model), torch.inference_mode():
-            made = model(input_ids=tokens, position_ids=positions, cache=recorder, use_cache=False)
-        return _anatomy(model, recorder.calls), made.logits[0]
+        with _probed(model):
+            expected = _logits(model, tokens, cache=recorder)
+        anatomy = _anatomy(model, recorder.calls)
+        own = vars(model.config).get(_STORED) or ""
+        return anatomy, expected if own.startswith(_PAGED) else _logits(model, tokens)
     except _Unservable as found:
         raise UnservableModelError(name, str(found), _REMEDY) from None
     except AttnregError as error:
@@ -194,6 +195,15 @@ def examine(model: Any, tokens: torch.Tensor) -> tuple[Anatomy, torch.Tensor]:
         raise UnservableModelError(name, problem, _REMEDY) from error
 
 
+@torch.inference_mode()
+def _logits(model: Any, tokens: torch.Tensor, **keywords: Any) -> torch.Tensor:
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    logits: torch.Tensor = model(input_ids=tokens, position_ids=positions, use_cache=False, **keywords).logits[0]
+    return logits
+
+
+_PAGED: Final = "attnreg:PAGED|"
+"""How the names of backends begin that cannot run without pages, so that there is nothing to compare with."""
 _REMEDY: Final = "Use model.generate(), which keeps the model's own cache."
 
 

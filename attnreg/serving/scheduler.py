@@ -52,6 +52,7 @@ class Sequence:
         arrival: its number; the cache knows it by that.
         tokens: the prompt and what is known of what was generated.
         computed: how many tokens have their keys and values in the cache.
+        reserved: how many tokens there is room for in its blocks.
         pending: tokens that are chosen, but not known here yet: 0 or 1.
         slot: the place on the device where its last token lies; -1 while it waits.
         in_slot: whether its last token lies there.
@@ -62,6 +63,7 @@ class Sequence:
     arrival: int
     tokens: list[int]
     computed: int = 0
+    reserved: int = 0
     pending: int = 0
     slot: int = -1
     in_slot: bool = False
@@ -110,6 +112,7 @@ class Scheduler:
         blocks: the cache.
         max_batch_tokens: most tokens of one step; at least `max_requests`.
         max_requests: most requests that are computed at once.
+        block_size: tokens of a block, so that the cache is asked once for each block.
         headroom: tokens that every request that runs should have room for before another one is admitted.
         running: who has blocks, in the order of arrival.
         waiting: who has none, in the order of arrival.
@@ -119,6 +122,7 @@ class Scheduler:
     blocks: Blocks
     max_batch_tokens: int
     max_requests: int
+    block_size: int = 1
     headroom: int = 0
     running: list[Sequence] = field(default_factory=list)
     waiting: deque[Sequence] = field(default_factory=deque)
@@ -188,6 +192,8 @@ class Scheduler:
     def _reserve(self, sequence: Sequence, budget: int, chosen: dict[Sequence, int]) -> int:
         """Make room for the next tokens of a sequence, and return how many; younger ones are set back for it."""
         tokens = min(sequence.remaining, budget)
+        if sequence.computed + tokens <= sequence.reserved:
+            return tokens
         while not self.blocks.can_reserve({sequence.arrival: tokens}):
             youngest = self.running[-1]
             if youngest is not sequence:
@@ -198,6 +204,7 @@ class Scheduler:
             else:
                 tokens //= 2  # alone: a window's blocks come free piece by piece
         self.blocks.reserve(sequence.arrival, tokens)
+        sequence.reserved = -(-(sequence.computed + tokens) // self.block_size) * self.block_size
         return tokens
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -210,7 +217,7 @@ class Scheduler:
         self.blocks.release(sequence.arrival)
         self.running.remove(sequence)
         self._free_slots.append(sequence.slot)
-        sequence.slot, sequence.in_slot, sequence.computed = -1, False, 0
+        sequence.slot, sequence.in_slot, sequence.computed, sequence.reserved = -1, False, 0, 0
         self._full = False
 
     def _admit(self, budget: int, chosen: dict[Sequence, int]) -> None:

@@ -19,6 +19,11 @@ class Turns:
         self._lock = Lock()
         self._holder: int | None = None
 
+    @property
+    def mine(self) -> bool:
+        """Whether this thread has the turn."""
+        return self._holder == get_ident()
+
     @contextmanager
     def take(self) -> Iterator[None]:
         """Wait for the turn of this thread.
@@ -26,7 +31,7 @@ class Turns:
         Raises:
             ServingError: this thread has it already: a callback goes on with the batcher that calls it.
         """
-        if self._holder == get_ident():
+        if self.mine:
             problem = "a callback cannot run the batcher that is calling it. Submit and cancel from it, and return"
             raise ServingError(f"{problem}.")
         with self._lock:
