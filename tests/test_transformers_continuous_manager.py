@@ -124,6 +124,19 @@ def test_what_is_chosen_meanwhile_stays() -> None:
     assert name_of(model) == "attnreg:EAGER"
 
 
+def test_given_back_by_disable() -> None:
+    """The last `disable` leaves no model on the paged form, though its manager was never stopped."""
+    model = on("sdpa")
+    manager = manager_of(model)
+    assert name_of(model) == "attnreg:PAGED|SDPA"
+    bridge.disable()
+    assert name_of(model) == "attnreg:SDPA"
+    manager.stop()
+    assert name_of(model) == "attnreg:SDPA"
+    bridge.enable("sdpa")
+    assert batched(model) == one_by_one(model)
+
+
 def test_a_model_on_the_paged_form(monkeypatch) -> None:
     """`paged|X`, set by either library, is batched as it is and stays; no mask is made, and no memory kept for one."""
     model = on("eager", "mistral")

@@ -18,6 +18,7 @@ from attnreg.errors import AttnregError, BridgeError
 
 try:
     from attnreg.integrations.transformers.bridge import bridge
+    from attnreg.integrations.transformers.continuous import give_back
     from attnreg.integrations.transformers.selection import selection
     from attnreg.integrations.transformers.wording import UnknownImplementationError
 except ImportError as error:
@@ -82,6 +83,7 @@ def disable() -> None:
     A model that still holds an alias cannot run from then on, until it is given another implementation.
     """
     if selection.leave():
+        give_back()
         bridge.clear()
 
 

@@ -84,6 +84,12 @@ _managers: Final[weakref.WeakKeyDictionary[Any, Switched]] = weakref.WeakKeyDict
 """Managers of models that were on backends of attnreg's when the manager was made."""
 
 
+def give_back() -> None:
+    """Give every model back what it had, whether its manager runs or not: nobody is left who would do it later."""
+    for switched in list(_managers.values()):
+        switched.stop(alive=False)
+
+
 def served(model: Any) -> Backend | None:
     """Return the backend of attnreg's that a model's decoder is on; None if it is on transformers' own."""
     return bridge.backends.get(getattr(model.config.get_text_config(), _STORED, None) or "")
