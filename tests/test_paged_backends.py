@@ -181,16 +181,48 @@ def test_rows_of_one_length_need_no_ends(name) -> None:
     assert lse.shape == (2, 4, 2)
 
 
-def test_values_of_another_head_dimension() -> None:
-    """Pages of keys and of values may differ in their last axis, where X takes that."""
-    sequences = Sequences(lengths=((1, 5), (3, 6)))
+@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flash_attention_4"])
+def test_values_of_another_head_dimension(name) -> None:
+    """Pages of keys and of values may differ in their last axis where X takes that; no kernel reads such pages itself."""
+    inner = backend_of(name)
+    sequences = Sequences(lengths=((1, 5), (3, 6)), page_size=256, dtype=dtype_of(inner))
     key, value, table = sequences.in_pages()
     keywords = {**table, "cu_seq_lens_q": sequences.ends, "is_causal": True}
-    output, _ = attnreg.get("paged|sdpa").call(CAUSAL, sequences.query, key, value[..., :8], None, **keywords)
-    found = [
-        attnreg.get("sdpa").call(CAUSAL, q, k, v[..., :8], None, is_causal=True)[0] for q, k, v in sequences.tokens
-    ]
-    torch.testing.assert_close(output, torch.cat(found, 1))
+    output, _ = wrap(inner, "").call(CAUSAL, sequences.query, key, value[..., :8], None, **keywords)
+    found = [inner.call(CAUSAL, q, k, v[..., :8], None, is_causal=True)[0] for q, k, v in sequences.tokens]
+    torch.testing.assert_close(output, torch.cat(found, 1), rtol=0, atol=TOLERANCE[sequences.dtype])
+
+
+def test_what_does_not_go_together_takes_another_way() -> None:
+    """A kernel that has no softcap over pages, or none over packed rows, is called in the form that has it."""
+    inner, calls = on_the_cpu("flash_attention_2"), []
+    sequences = Sequences(lengths=((1, 5), (3, 6)), page_size=256, dtype=torch.bfloat16)
+    key, value, table = sequences.in_pages()
+    keywords = {**table, "cu_seq_lens_q": sequences.ends, "is_causal": True, "softcap": 2.0}
+    for groups, form in (
+        ((("paged", "softcap"),), "cu_seq_lens_k"),
+        ((("paged", "softcap"), ("packing", "softcap")), ""),
+    ):
+        calls.clear()
+        halved = replace(recorded(inner, calls), supports=replace(inner.supports, exclusive=groups))
+        output, _ = wrap(halved, "").call(CAUSAL, sequences.query, key, value, None, **keywords)
+        expected = sequences.alone(inner, is_causal=True, sliding_window=None, softcap=2.0)
+        torch.testing.assert_close(output, torch.cat(expected, 1), rtol=0, atol=3e-2)
+        assert all(call.get("block_table") is None for call in calls)
+        assert any(call.get("cu_seq_lens_k") is not None for call in calls) == bool(form)
+
+
+def test_what_x_cannot_do_is_not_declared() -> None:
+    """A kernel without windows has none over pages; what depends on the device does so over pages as well."""
+    sage = attnreg.get("paged|sage_attention").supports
+    assert (sage.is_causal, sage.sliding_window, sage.structures) == (
+        True,
+        False,
+        {"causal", "bidirectional", "documents", "padding"},
+    )
+    flash = attnreg.get("paged|sdpa_flash").supports
+    assert (flash.sliding_window, flash.at("cpu").sliding_window) == (False, True)
+    assert not any((flash.backward, flash.dropout, flash.at("cpu").dropout, flash.weights, flash.position_bias))
 
 
 def test_a_function_without_a_formatter_is_called_one_sequence_at_a_time() -> None:

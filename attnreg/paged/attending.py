@@ -12,12 +12,14 @@ import torch
 from attnreg import InvalidInputError, compat, masks
 from attnreg.backend import NO_MASK
 from attnreg.builtin.inputs import causality
+from attnreg.keywords import KEYWORDS
 from attnreg.paged.gathering import Tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Hashable, Iterator, Mapping
 
     from attnreg.backend import Backend
+    from attnreg.capabilities import Capabilities
     from attnreg.paged.pages import Pages
 
     Result = tuple[torch.Tensor, None] | tuple[torch.Tensor, None, torch.Tensor]
@@ -73,7 +75,7 @@ def attend_packed(
     """
     shared = {} if shared is None else shared
     flag = causality(module, is_causal)
-    if takes_lengths(backend, query, sliding_window):
+    if takes_lengths(backend, query, sliding_window, keywords):
         keywords |= {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
         keywords |= {"max_length_q": max_length_q, "max_length_k": max_length_k}
         result: Result = backend.call(
@@ -127,10 +129,10 @@ def attend_pages(
         raise InvalidInputError("the query beside pages", f"of shape {tuple(query.shape)}", wanted)
     flag = causality(module, is_causal)
     keywords |= {"is_causal": flag, "sliding_window": sliding_window}
-    if reads_tables(backend, query, pages.page_size):
+    if reads_tables(backend, query, pages, keywords):
         return _natively(backend, module, query, pages, keywords)
     tokens = Tokens.in_pages(pages)
-    if takes_lengths(backend, query, sliding_window):
+    if takes_lengths(backend, query, sliding_window, keywords):
         key, value, lengths = tokens.together(range(len(pages.lengths_q)), sliding_window)
         ends = pages.shared.get(("ends", sliding_window))
         if ends is None:
@@ -144,16 +146,29 @@ def attend_pages(
     return _one_by_one(_Call(backend, module, query, tokens, flag, sliding_window, keywords))
 
 
-def reads_tables(backend: Backend, query: torch.Tensor, page_size: int) -> bool:
-    """Whether the backend's own kernel takes block tables over pages of that size, on the query's device."""
+def reads_tables(backend: Backend, query: torch.Tensor, pages: Pages, keywords: Mapping[str, Any]) -> bool:
+    """Whether the backend's own kernel takes block tables over such pages, on the query's device, for such a call.
+
+    Kernels read keys and values of one shape; a cache is not filled up for them.
+    """
     supports = backend.supports.at(query.device.type)
-    return supports.paged and page_size % supports.page_size_multiple == 0
+    fits = pages.page_size % supports.page_size_multiple == 0 and pages.key.shape == pages.value.shape
+    return supports.paged and fits and not _excluded(supports, "paged", keywords)
 
 
-def takes_lengths(backend: Backend, query: torch.Tensor, sliding_window: int | None) -> bool:
-    """Whether the backend itself computes sequences of different lengths in one call."""
+def takes_lengths(
+    backend: Backend, query: torch.Tensor, sliding_window: int | None, keywords: Mapping[str, Any]
+) -> bool:
+    """Whether the backend itself computes sequences of different lengths in one such call."""
     supports = backend.supports.at(query.device.type)
-    return supports.packing and supports.is_causal and (sliding_window is None or supports.sliding_window)
+    able = supports.packing and supports.is_causal and (sliding_window is None or supports.sliding_window)
+    return able and not _excluded(supports, "packing", keywords)
+
+
+def _excluded(supports: Capabilities, feature: str, keywords: Mapping[str, Any]) -> bool:
+    """Whether a feature does not go together with what the keywords ask for."""
+    asked = {KEYWORDS[word] for word, it in keywords.items() if word in KEYWORDS and it is not None and it is not False}
+    return any(feature in group and asked.issuperset({*group} - {feature}) for group in supports.exclusive)
 
 
 class _Call(NamedTuple):
@@ -170,8 +185,9 @@ class _Call(NamedTuple):
     @property
     def singles(self) -> int:
         """How many sequences, from the first on, have one query, and so can be computed as rows of one batch."""
-        if self.backend.mask is NO_MASK:  # it has no words for rows of different lengths
-            return 0
+        structures = self.backend.supports.at(self.query.device.type).structures
+        if self.backend.mask is NO_MASK or "padding" not in (structures or {"padding"}):
+            return 0  # it has no words for rows of different lengths
         lengths = self.tokens.lengths_q
         return next((place for place, length in enumerate(lengths) if length != 1), len(lengths))
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from attnreg import Backend, Capabilities, InvalidInputError, InvalidMaskError
+from attnreg import NO_MASK, Backend, Capabilities, InvalidInputError, InvalidMaskError
 from attnreg.builtin.inputs import check_window
 from attnreg.paged.attending import attend_pages
 from attnreg.paged.masking import PagedMask, paged_mask, stand_in
 from attnreg.paged.pages import Pages
+from attnreg.vocabulary import STRUCTURES
 
 if TYPE_CHECKING:
     from attnreg.paged.pages import Cache
@@ -35,34 +36,50 @@ def wrap(backend: Backend, args: str) -> Backend:
         name=f"paged|{backend.name}",
         attention=PagedAttention(backend),
         mask=paged_mask,
-        supports=supported(backend.supports),
+        supports=supported(backend.supports, itself=backend.mask is NO_MASK),
         kernel=backend.kernel,
         origin=backend.origin,
     )
 
 
-def supported(inner: Capabilities) -> Capabilities:
-    """Return what `paged|X` can do where X can do *inner*; pages have no gradients, dropout or biases."""
-    without = ("dropout", "position_bias", "alibi", "sparse", "weights")
-    gone = {*without, "backward"}
-    kept = {"softcap", "sinks", "lse", "priority"}
-    on: Any = {
-        device: {what: it for what, it in dict(own).items() if what in kept} for device, own in dict(inner.on).items()
-    }
-    gone_too: Any = dict.fromkeys(without, False)
+def supported(inner: Capabilities, *, itself: bool = False) -> Capabilities:
+    """Return what `paged|X` can do where X can do *inner*; pages have no gradients, dropout or biases.
+
+    Args:
+        inner: of X.
+        itself: X's function handles causality and windows itself, without a formatter.
+    """
+    base = _supported(inner, itself=itself)
+    on: dict[str, dict[str, Any]] = {}
+    for device in dict(inner.on):
+        own = _supported(inner.at(device), itself=itself)
+        names = (field.name for field in fields(base) if field.name not in ("on", "devices"))
+        on[device] = {name: getattr(own, name) for name in names if getattr(own, name) != getattr(base, name)}
+    return replace(base, on=on)
+
+
+def _supported(inner: Capabilities, *, itself: bool) -> Capabilities:
+    able = STRUCTURES if itself or inner.structures is None else inner.structures
+    causal, windowed = inner.is_causal or "causal" in able, inner.sliding_window or "sliding_window" in able
+    can = {"causal": causal, "sliding_window": windowed, "bidirectional": "bidirectional" in able}
+    lost: Any = dict.fromkeys(_LOST, False)
     return replace(
         inner,
-        **gone_too,
-        structures=frozenset({"causal", "bidirectional", "sliding_window", "documents", "padding"}),
-        is_causal=True,
-        sliding_window=True,
+        **lost,
+        structures=frozenset({"documents", "padding", *(what for what, it in can.items() if it)}),
+        is_causal=causal,
+        sliding_window=windowed,
         packing=True,
         paged=True,
         page_size_multiple=1,
-        backward=False,
-        exclusive=tuple(group for group in inner.exclusive if gone.isdisjoint(group) and "paged" not in group),
-        on=on,
+        # Where the ways to X exclude something, the way that does not is taken.
+        exclusive=tuple(group for group in inner.exclusive if not {*_LOST, "paged", "packing"} & {*group}),
+        on=(),
     )
+
+
+_LOST: Final = ("dropout", "position_bias", "alibi", "sparse", "weights", "backward")
+"""What no backend does over pages."""
 
 
 class PagedAttention:
