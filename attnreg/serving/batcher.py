@@ -78,6 +78,8 @@ class ContinuousBatcher:
         cuda_graphs: bool | None = None,
     ) -> None:
         _check(model, attn_implementation, max_batch_tokens, max_requests)
+        if block_size is not None and block_size < 1:
+            raise InvalidInputError("block_size", str(block_size), "1 or more tokens, or None")
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         anatomy, expected = examine(model, trial(vocabulary, model.device))
         backend = resolve(attn_implementation, replace(anatomy.needs, page_size=block_size))

@@ -23,14 +23,8 @@ _LARGEST: Final = 256
 
 
 def block_size_of(backend: Backend, anatomy: Anatomy, asked: int | None) -> int:
-    """Return the tokens of a block: what the kernel reads natively, and 16 where it has no wishes.
-
-    Raises:
-        InvalidInputError: *asked* is below one.
-    """
+    """Return the tokens of a block: those asked for, what the kernel reads natively, or 16 where it has no wishes."""
     if asked is not None:
-        if asked < 1:
-            raise InvalidInputError("block_size", str(asked), "1 or more tokens, or None")
         return asked
     wish = wished(backend, anatomy)
     return wish if wish is not None and wish > _BLOCK else _BLOCK
