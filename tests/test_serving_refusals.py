@@ -97,10 +97,9 @@ def test_layers_that_are_not_told_apart(change, problem: str) -> None:
 
 def test_backends_that_cannot() -> None:
     """A backend that lacks what the layers need is refused with its reasons; nothing falls back to another."""
-    with pytest.raises(
-        attnreg.UnsupportedError, match=r"(?s)cannot do what is asked:.*sliding_window.*these can: paged\|sdpa"
-    ):
-        ContinuousBatcher(built("GptOssForCausalLM"), "paged|sdpa_flash", max_tokens=32)
+    text = r"(?s)'paged\|sdpa' cannot do what is asked:.*softcap.*these can: paged\|eager"
+    with pytest.raises(attnreg.UnsupportedError, match=text):
+        ContinuousBatcher(built("Gemma2ForCausalLM"), "paged|sdpa", max_tokens=32)
     with pytest.raises(attnreg.UnknownBackendError):
         ContinuousBatcher(built("LlamaForCausalLM"), "paged|sdpaa", max_tokens=32)
 
