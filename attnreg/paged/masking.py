@@ -86,7 +86,7 @@ def paged_mask(
         elif not isinstance(term, Bidirectional | Documents | Padding):
             got = f"{', '.join(sorted(term.structures))} in it"
             raise InvalidMaskError("the mask over pages", got, "causality, a window or both")
-    return _paged_mask(min(left, default=None), min(right, default=None))
+    return _paged_mask(min(left) if left else None, min(right) if right else None)
 
 
 def _paged_mask(left: int | None, right: int | None) -> PagedMask:
