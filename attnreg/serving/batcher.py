@@ -20,7 +20,7 @@ from attnreg.serving.prompts import ends_of, tokens_of
 from attnreg.serving.proof import prove, trial
 from attnreg.serving.request import Request
 from attnreg.serving.scheduler import Scheduler
-from attnreg.serving.sizing import block_size_of, blocks_for, wants_graphs
+from attnreg.serving.sizing import block_size_of, blocks_for, most_tokens, wants_graphs
 from attnreg.serving.steps import Forward, Runner
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ class ContinuousBatcher:
         max_tokens: tokens that the cache holds, of all requests together; None takes what memory there is, up to what
             the requests can use.
         block_size: tokens of a block of the cache; None is what the backend's kernel wants, else 16.
-        max_batch_tokens: most tokens of one forward pass; at least `max_requests`.
+        max_batch_tokens: most tokens of one forward pass; at least `max_requests`. None is 8192 on CUDA and 2048
+            elsewhere, or `max_requests` if that is more.
         max_requests: most requests that are computed at once; others wait.
         share_prefixes: requests that begin with the same tokens share blocks of the cache.
         overlap: launch a step before the tokens of the last one are read; None does so on CUDA.
@@ -71,12 +72,14 @@ class ContinuousBatcher:
         *,
         max_tokens: int | None = None,
         block_size: int | None = None,
-        max_batch_tokens: int = 2048,
+        max_batch_tokens: int | None = None,
         max_requests: int = 256,
         share_prefixes: bool = True,
         overlap: bool | None = None,
         cuda_graphs: bool | None = None,
     ) -> None:
+        if max_batch_tokens is None:
+            max_batch_tokens = max(most_tokens(model), max_requests)
         _check(model, attn_implementation, max_batch_tokens, max_requests)
         if block_size is not None and block_size < 1:
             raise InvalidInputError("block_size", str(block_size), "1 or more tokens, or None")

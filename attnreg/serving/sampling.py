@@ -89,5 +89,12 @@ def _likeliest(scores: torch.Tensor, ways: list[Sampling]) -> torch.Tensor:
 
 
 def _noise(like: torch.Tensor, seed: int, place: int) -> torch.Tensor:
-    generator = torch.Generator(like.device).manual_seed(seed * _PLACES + place)
+    generator = torch.Generator(like.device).manual_seed(_mixed(seed * _PLACES + place))
     return torch.empty_like(like).exponential_(generator=generator).clamp_min_(torch.finfo(like.dtype).tiny)
+
+
+def _mixed(number: int) -> int:
+    """Return 32 bits that depend on all 64 of a number (splitmix64): a generator on the CPU reads the lower 32 alone."""
+    for factor, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):
+        number = ((number ^ number >> shift) * factor) % 2**64
+    return (number ^ number >> 31) % 2**32

@@ -56,6 +56,7 @@ class Sequence:
         pending: tokens that are chosen, but not known here yet: 0 or 1.
         slot: the place on the device where its last token lies; -1 while it waits.
         in_slot: whether its last token lies there.
+        told: how many of its tokens the cache was told.
         hits: tokens that it found in the cache when it was admitted.
     """
 
@@ -67,7 +68,13 @@ class Sequence:
     pending: int = 0
     slot: int = -1
     in_slot: bool = False
+    told: int = 0
     hits: int = 0
+    limit: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Count how long it can become."""
+        self.limit = len(self.request.prompt) + self.request.max_new_tokens
 
     @property
     def length(self) -> int:
@@ -77,12 +84,13 @@ class Sequence:
     @property
     def left(self) -> int:
         """How many tokens may still be generated."""
-        return self.request.max_new_tokens - (self.length - len(self.request.prompt))
+        return self.limit - len(self.tokens) - self.pending
 
     @property
     def remaining(self) -> int:
         """How many tokens have to be computed before the next one is known; 0 if there will be no next one."""
-        return self.length - self.computed if self.left > 0 else 0
+        length = len(self.tokens) + self.pending
+        return length - self.computed if length < self.limit else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,8 +158,8 @@ class Scheduler:
         chosen: dict[Sequence, int] = {}
         budget = self.max_batch_tokens
         set_back = self.preemptions
-        for sequence in self._in_turn():
-            if budget and sequence.slot >= 0 and (tokens := self._reserve(sequence, budget, chosen)):
+        for sequence, left in self._in_turn():
+            if budget and sequence.slot >= 0 and (tokens := self._reserve(sequence, min(left, budget), chosen)):
                 chosen[sequence] = tokens
                 budget -= tokens
         if self.preemptions == set_back:
@@ -174,8 +182,10 @@ class Scheduler:
         """Note a token that was pending."""
         sequence.pending -= 1
         sequence.tokens.append(token)
-        if sequence.slot >= 0:
-            self.blocks.extend_tokens(sequence.arrival, (token,))
+        known = len(sequence.tokens)
+        if sequence.slot >= 0 and known % self.block_size == 0:
+            self.blocks.extend_tokens(sequence.arrival, sequence.tokens[sequence.told :])
+            sequence.told = known
 
     def finish(self, sequence: Sequence) -> None:
         """Drop a request, wherever it is, and take its blocks back."""
@@ -184,14 +194,13 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def _in_turn(self) -> list[Sequence]:
-        """Return who can go on: first those that decode, then the others, each in the order of arrival."""
+    def _in_turn(self) -> list[tuple[Sequence, int]]:
+        """Return who can go on and with how many tokens: who decodes, then the others, each in the order of arrival."""
         able = [(each, each.remaining) for each in self.running]
-        return [each for each, left in able if left == 1] + [each for each, left in able if left > 1]
+        return [item for item in able if item[1] == 1] + [item for item in able if item[1] > 1]
 
-    def _reserve(self, sequence: Sequence, budget: int, chosen: dict[Sequence, int]) -> int:
+    def _reserve(self, sequence: Sequence, tokens: int, chosen: dict[Sequence, int]) -> int:
         """Make room for the next tokens of a sequence, and return how many; younger ones are set back for it."""
-        tokens = min(sequence.remaining, budget)
         if sequence.computed + tokens <= sequence.reserved:
             return tokens
         while not self.blocks.can_reserve({sequence.arrival: tokens}):
@@ -226,6 +235,7 @@ class Scheduler:
             if sequence.pending:
                 return  # its last token is still on the device
             sequence.computed = self.blocks.add(sequence.arrival, tokens=sequence.tokens)
+            sequence.told = len(sequence.tokens)
             if self.running and not self.blocks.can_reserve(dict(self._wanted(sequence, chosen))):
                 self.blocks.release(sequence.arrival)
                 sequence.computed = 0
@@ -234,7 +244,7 @@ class Scheduler:
             self.waiting.popleft()
             self.running.append(sequence)
             sequence.slot, sequence.hits = self._free_slots.pop(), sequence.hits + sequence.computed
-            if tokens := self._reserve(sequence, budget, chosen):
+            if tokens := self._reserve(sequence, min(sequence.remaining, budget), chosen):
                 chosen[sequence] = tokens
                 budget -= tokens
 

@@ -18,8 +18,14 @@ _SHARE: Final = 0.8
 """Of the memory that a CUDA device has free, what a cache takes; the rest is for the model's own tensors."""
 _ON_HOST: Final = 2**30
 """Bytes of a cache on the CPU."""
+_TOKENS: Final = 2048
+_ON_CUDA_TOKENS: Final = 8192
 _BLOCK: Final = 16
-_LARGEST: Final = 256
+
+
+def most_tokens(model: Any) -> int:
+    """Return how many tokens a forward pass has at most, so that the device is busy and a prompt does not stop it."""
+    return _ON_CUDA_TOKENS if getattr(getattr(model, "device", None), "type", "") == "cuda" else _TOKENS
 
 
 def block_size_of(backend: Backend, anatomy: Anatomy, asked: int | None) -> int:
