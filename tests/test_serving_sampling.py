@@ -55,6 +55,17 @@ def test_draws_depend_on_seed_and_place() -> None:
     assert tokens.unique().numel() > 20
 
 
+def test_neighbouring_seeds_draw_otherwise() -> None:
+    """Each seed, and each place, has draws of its own, though generators of the CPU do not read all bits of a seed."""
+    logits, drawn = torch.zeros(1, 10**6), set()
+    for seed in range(8):
+        for place in range(8):
+            tokens = torch.zeros(1, dtype=torch.int64)
+            draw(logits, {0: (Sampling(seed=seed), place)}, tokens)
+            drawn.add(int(tokens))
+    assert len(drawn) > 60
+
+
 @pytest.mark.parametrize(
     ("way", "text"),
     [
