@@ -94,7 +94,7 @@ def _noise(like: torch.Tensor, seed: int, place: int) -> torch.Tensor:
 
 
 def _mixed(number: int) -> int:
-    """Return 32 bits that depend on all 64 of a number (splitmix64): on the CPU a generator reads the lower 32 alone."""
+    """Return 32 bits that depend on all 64 of a number (splitmix64): the CPU's generators read the lower 32."""
     for factor, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):
         number = ((number ^ number >> shift) * factor) % 2**64
     return (number ^ number >> 31) % 2**32
