@@ -147,17 +147,56 @@ def bench(
 @app.command()
 def demo(
     *,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Generate for many prompts at once, and watch it, instead.")
+    ] = False,
     model: Annotated[str | None, typer.Option(help="A transformers model: a folder, or an id on the Hub.")] = None,
     device: Annotated[str, typer.Option(help="Where to run it, such as cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    repeats: Annotated[int, typer.Option(help="Timed runs for each backend; the median counts.", min=1)] = 10,
+    repeats: Annotated[
+        int | None, typer.Option(help="Timed runs for each backend, by default 10; the median counts.", min=1)
+    ] = None,
+    implementation: Annotated[
+        str | None, typer.Option(help="With --generate: a backend over pages; by default paged|auto.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="With --generate, without --model: training time; by default 20.", min=0.1)
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Embed real sentences with a real model through every backend, and compare them with the float64 oracle."""
+    """Embed sentences on every backend, beside the float64 oracle; with --generate: continuous batching, live."""
+    _check_demo(generate=generate, model=model, repeats=repeats, implementation=implementation, seconds=seconds)
+    if generate:
+        from attnreg.cli import generation
+
+        served = generation.run(
+            model=model,
+            implementation=implementation or "paged|auto",
+            device=device,
+            dtype=dtype,
+            seconds=seconds or 20.0,
+            as_json=as_json,
+        )
+        raise typer.Exit(0 if served else NO)
     from attnreg.cli import demonstration
 
-    agreed = demonstration.run(model=model, device=device, dtype=dtype, repeats=repeats, as_json=as_json)
+    agreed = demonstration.run(model=model, device=device, dtype=dtype, repeats=repeats or 10, as_json=as_json)
     raise typer.Exit(0 if agreed else NO)
+
+
+def _check_demo(
+    *, generate: bool, model: str | None, repeats: int | None, implementation: str | None, seconds: float | None
+) -> None:
+    """Refuse options that would mean nothing."""
+    if generate and repeats is not None:
+        raise typer.BadParameter(
+            "times backends, and --generate runs one: leave one of the two out", param_hint="--repeats"
+        )
+    for name, value in (("--implementation", implementation), ("--seconds", seconds)):
+        if value is not None and not generate:
+            raise typer.BadParameter("belongs to --generate, which is not given", param_hint=name)
+    if seconds is not None and model is not None:
+        raise typer.BadParameter("is for training, and the model of --model is trained already", param_hint="--seconds")
 
 
 def _version(*, wanted: bool) -> None:
