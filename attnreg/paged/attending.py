@@ -14,6 +14,7 @@ from attnreg.backend import NO_MASK
 from attnreg.builtin.inputs import causality
 from attnreg.keywords import KEYWORDS
 from attnreg.paged.gathering import Tokens
+from attnreg.paged.runs import runs
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Mapping
@@ -225,9 +226,9 @@ def _one_by_one(call: _Call) -> Result:
     """Call a backend for rows: once for all sequences of one query, and once for each of the others."""
     singles = call.singles
     parts: list[Any] = []
-    if singles:
-        key, value, lengths = call.tokens.in_rows(range(singles), call.window)
-        rows = call.query[0, :, :singles].transpose(0, 1)[:, :, None]
+    for which in runs(call.tokens, singles, call.window):
+        key, value, lengths = call.tokens.in_rows(which, call.window)
+        rows = call.query[0, :, which.start : which.stop].transpose(0, 1)[:, :, None]
         parts.append(_as_one_row(_computed(call, rows, key, value, lengths)))
     parts += _others(call, singles)
     if not parts:

@@ -166,7 +166,7 @@ class Scheduler:
             self._admit(budget, chosen)
         if not chosen:
             return None
-        singles = sorted(chosen.items(), key=_many)
+        singles = sorted(chosen.items(), key=_place)
         return Step(sequences=tuple(each for each, _ in singles), lengths=tuple(tokens for _, tokens in singles))
 
     def commit(self, step: Step) -> list[Sequence]:
@@ -255,5 +255,7 @@ class Scheduler:
             yield each.arrival, max(each.remaining + min(self.headroom, max(each.left - 1, 0)), chosen.get(each, 0))
 
 
-def _many(item: tuple[Sequence, int]) -> bool:
-    return item[1] > 1
+def _place(item: tuple[Sequence, int]) -> tuple[bool, int]:
+    """Singles come first, sorted by length: what is computed in rows of one length then wastes little."""
+    sequence, tokens = item
+    return tokens > 1, sequence.length if tokens == 1 else 0
