@@ -10,8 +10,8 @@ is there already. A turn is timed from the first request to the last token, afte
 left out. Only the tokens that were asked for count. Medians count, and ratios are of turns. Where it says so, time is
 that of the processor, all threads of the process together: what others take on a shared machine is not in it.
 
-With --growth: the time of a decoded token against the context's length and the batch's size instead, and with --plot a
-picture of it.
+With --growth: the time of a decoded token against the context's length and the batch's size instead, on the CPU that of
+the processor, and with --plot a picture of it.
 """
 
 from __future__ import annotations
