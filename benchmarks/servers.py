@@ -10,7 +10,7 @@ import logging
 import math
 import random
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
@@ -130,7 +130,8 @@ def manager(model: Any, implementation: str, mix: Mix) -> Iterator[Serve]:
     room: dict[str, Any] = {}
     if model.device.type == "cpu":
         page = 16
-        room = {"page_size": page, "max_batch_tokens": 2048}
+        names = {field.name for field in fields(ContinuousBatchingConfig)}
+        room = {"page_size" if "page_size" in names else "block_size": page, "max_batch_tokens": 2048}
         room["num_blocks"] = mix.count * (-(-(mix.prompt[1] + mix.new[1]) // page) + 1)
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
     settings = ContinuousBatchingConfig(**room)
