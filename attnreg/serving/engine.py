@@ -90,7 +90,7 @@ class Engine:
             give_back()
 
     def _end_all(self) -> None:
-        self._flying = None
+        self._flying = self.static = None  # graphs hold memory of their own
         self._cancelled.extend(self.live)
         self._drop_cancelled()
 
