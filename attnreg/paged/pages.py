@@ -30,6 +30,7 @@ class Pages:
         singles: how many sequences, from the first on, have a single query.
         lengths_q: queries of each sequence.
         lengths_k: tokens of each sequence; None if only the device knows them.
+        sliding_window: the widest window that can be asked for, because pages wholly behind it are gone; None is any.
         shared: for what is found out once for all layers that have the same table, by whoever finds it out.
     """
 
@@ -43,6 +44,7 @@ class Pages:
     singles: int
     lengths_q: tuple[int, ...]
     lengths_k: tuple[int, ...] | None = None
+    sliding_window: int | None = None
     shared: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
