@@ -151,7 +151,8 @@ def _collected(running: Any, asks: Sequence[Ask]) -> list[list[int]]:
     while len(found) < len(names):
         made = running.get_result(timeout=_PATIENCE)
         if made is None:
-            raise RuntimeError(f"no result for {_PATIENCE} s, or the thread has ended")
+            fatal = getattr(getattr(running, "background_thread_status", None), "fatal_error", None)
+            raise RuntimeError(f"no result for {_PATIENCE} s, or the thread has ended: {fatal}")
         if made.error is not None:
             raise RuntimeError(str(made.error))
         if made.is_finished():
@@ -167,9 +168,10 @@ def _hints(mix: Mix) -> Any:
 
 
 @contextmanager
-def batcher(model: Any, name: str, mix: Mix, reports: list[Any] | None = None) -> Iterator[Serve]:
+def batcher(model: Any, name: str, mix: Mix, *, reports: list[Any], batch_tokens: int | None = None) -> Iterator[Serve]:
     """Serve by `ContinuousBatcher`, with room for all requests; its report is added to *reports* at the end."""
-    with ContinuousBatcher(model, name, max_tokens=_room(mix), max_requests=mix.count) as running:
+    options: dict[str, Any] = {} if batch_tokens is None else {"max_batch_tokens": batch_tokens}
+    with ContinuousBatcher(model, name, max_tokens=_room(mix), max_requests=mix.count, **options) as running:
 
         def serve(asks: Sequence[Ask]) -> list[list[int]]:
             requests = [running.submit(ask.prompt, max_new_tokens=ask.new) for ask in asks]
@@ -177,8 +179,7 @@ def batcher(model: Any, name: str, mix: Mix, reports: list[Any] | None = None) -
             return [request.result() for request in requests]
 
         yield serve
-        if reports is not None:
-            reports.append(running.report)
+        reports.append(running.report)
 
 
 def _room(mix: Mix) -> int:

@@ -17,6 +17,7 @@ the processor, and with --plot a picture of it.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -70,17 +71,26 @@ class Bench:
         device: where.
         tiny: a tiny model and short requests, to see that it runs.
         backends: attnreg's to measure, `paged|X` each; None is those of the device.
-        turns: timed ones; a GPU's are of two passes each.
-        seconds: no turn begins after that.
+        turns: timed ones.
+        seconds: of a mix; none of its turns begins after that.
+        batch_tokens: most tokens of one of attnreg's forward passes; None is its default.
     """
 
-    def __init__(self, device: str, *, tiny: bool, backends: list[str] | None, turns: int, seconds: float) -> None:
+    def __init__(
+        self,
+        device: str,
+        *,
+        tiny: bool,
+        backends: list[str] | None,
+        turns: int,
+        seconds: float,
+        batch_tokens: int | None,
+    ) -> None:
         self.device = torch.device(device)
         self.on_cuda = self.device.type == "cuda"
         self.mixes = TINY if tiny else GPU if self.on_cuda else CPU
         self.judges = not tiny
-        self.turns, self.seconds = turns, seconds
-        self.begin = time.perf_counter()
+        self.turns, self.seconds, self.batch_tokens = turns, seconds, batch_tokens
         self.notes: list[str] = []
         self.failed = False
         self.model = served(self.device, tiny=tiny)
@@ -94,14 +104,17 @@ class Bench:
         found[f"{MANAGER}, {theirs}"] = partial(manager, self.model, theirs)
         for name in backends:
             reports = self.reports.setdefault(name, [])
-            found[f"{OURS} {name}"] = partial(batcher, self.model, name, reports=reports)
+            found[f"{OURS} {name}"] = partial(
+                batcher, self.model, name, reports=reports, batch_tokens=self.batch_tokens
+            )
         return found
 
     def measure(self, mix: Mix) -> dict[str, list[Turn]]:
         """Measure everybody on one mix, in turns, and print each."""
         times: dict[str, list[Turn]] = {}
+        begin = time.perf_counter()
         for turn in range(self.turns):
-            if turn and time.perf_counter() - self.begin > self.seconds:
+            if turn and time.perf_counter() - begin > self.seconds:
                 self.notes.append(f"{mix.what}: {turn} of {self.turns} turns, since the time was up")
                 break
             self._turn(mix, turn, times)
@@ -125,6 +138,9 @@ class Bench:
     def _timed(
         self, server: AbstractContextManager[Serve], warm: list[Ask], asks: list[Ask]
     ) -> tuple[Turn, list[list[int]]]:
+        if self.on_cuda:  # transformers takes a share of what is free
+            gc.collect()
+            torch.cuda.empty_cache()
         with server as serve:
             serve(warm)
             wait(self.device)
@@ -204,7 +220,14 @@ def main() -> int:
     if asked.device == "cpu":
         torch.set_num_threads(asked.threads)
     names = None if asked.backends is None else asked.backends.split(",")
-    bench = Bench(asked.device, tiny=asked.tiny, backends=names, turns=asked.turns, seconds=asked.seconds)
+    bench = Bench(
+        asked.device,
+        tiny=asked.tiny,
+        backends=names,
+        turns=asked.turns,
+        seconds=asked.seconds,
+        batch_tokens=asked.batch_tokens,
+    )
     where = _where(bench.device)
     print(f"{where}\n", flush=True)
     record: dict[str, Any] = {"environment": where}
@@ -229,6 +252,14 @@ def _served(bench: Bench, record: dict[str, Any]) -> None:
         _print_mix(mix, times[mix.what], bench.vocabulary)
         figures += verdicts(bench, mix, times[mix.what])
     _print_figures(figures, judges=bench.judges)
+    for name, reports in bench.reports.items():
+        if reports:
+            last = reports[-1]
+            print(
+                f"- {name}, the last turn and its warming up: {last.steps} steps, {last.replayed} of them static, ",
+                end="",
+            )
+            print(f"{last.mean_tokens:.0f} tokens a step, {last.preemptions} preemptions")
     for note in dict.fromkeys(bench.notes):
         print(f"- {note}")
     if not any("in common" in note for note in bench.notes):
@@ -256,7 +287,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short requests, to see that it runs")
     parser.add_argument("--backends", help="attnreg's to measure, paged|X each, separated by commas")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=180.0, help="no turn begins after that")
+    parser.add_argument("--seconds", type=float, default=180.0, help="of a mix, after which none of its turns begins")
+    parser.add_argument("--batch-tokens", type=int, help="most tokens of one of attnreg's forward passes")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
     parser.add_argument("--growth", action="store_true", help="measure the time of a decoded token instead")
     parser.add_argument("--plot", type=Path, help="with --growth: draw it there, a .png or .svg")
