@@ -69,7 +69,11 @@ def _point(model: Any, name: str, batch: int, context: int, steps: int) -> Point
     times = []
     # On the CPU the processor's time: what others take on a shared machine is not in it.
     tick = time.perf_counter if model.device.type == "cuda" else time.process_time
-    with ContinuousBatcher(model, name, max_tokens=room, max_requests=batch, share_prefixes=False) as running:
+    # All prompts in one step: nobody is done before the last one begins.
+    whole = batch * (context + 1)
+    with ContinuousBatcher(
+        model, name, max_tokens=room, max_requests=batch, max_batch_tokens=whole, share_prefixes=False
+    ) as running:
         requests = [running.submit(prompt, max_new_tokens=warm + steps + 4, eos_token_id=()) for prompt in prompts]
         while not all(len(request.tokens) >= warm for request in requests):
             running.step()
@@ -79,6 +83,10 @@ def _point(model: Any, name: str, batch: int, context: int, steps: int) -> Point
             running.step()
             wait(model.device)
             times.append(tick() - begin)
+        if running.report.running != batch:
+            raise RuntimeError(
+                f"{running.report.running} of {batch} sequences decode, and the figures would be of fewer"
+            )
         for request in requests:
             running.cancel(request)
     ordered = sorted(times)
