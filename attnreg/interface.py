@@ -19,7 +19,8 @@ from attnreg.capabilities import Capabilities
 from attnreg.default import default_registry
 from attnreg.errors import InvalidBackendError, MissingMaskFormatterError, NothingToRemoveError
 from attnreg.fitting import fit
-from attnreg.naming import check_base
+from attnreg.naming import check_base, left_of, parse
+from attnreg.wrapping import check_wrappers, wrapped
 
 if TYPE_CHECKING:
     from attnreg.registry import Registry
@@ -97,7 +98,8 @@ class _View(MutableMapping[str, Callable[..., Any]]):
     def _overridden(self, name: str) -> None:
         """Forget, and let nobody publish what was looked up before; the caller holds the lock."""
         self.registry.generation += 1
-        self.forget(name)
+        for each in [name, *(known for known in self.resolved if known.endswith(f"|{name}"))]:
+            self.forget(each)
 
     def _resolve(self, name: str) -> Callable[..., Any]:
         while True:
@@ -276,11 +278,17 @@ class AttentionInterface(_View):
         self.masks.forget(name)
 
     def _look_up(self, name: str) -> Callable[..., Any]:
-        own = self._own.get(name)
-        if own is None:
+        base = name[len(left_of(name)) :] if isinstance(name, str) else name
+        if base not in self._own:
             return self.registry.get(name).call
+        parsed = parse(name)
+        check_wrappers(name, parsed)
+        return wrapped(parsed, self._override(base)).call
+
+    def _override(self, name: str) -> Backend:
+        own = self._own[name]
         if isinstance(own, Backend):
-            return own.call
+            return own
         if name not in self.masks:
             raise MissingMaskFormatterError(name)
-        return Backend(name=name, attention=own, mask=self.masks[name]).call
+        return Backend(name=name, attention=own, mask=self.masks[name])

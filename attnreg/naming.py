@@ -48,6 +48,10 @@ def check_base(name: object) -> str:
         if hub["revision"] is not None and not is_revision(hub["revision"]):
             raise InvalidNameError(name, f"{hub['revision']!r} is no revision")
         return name
+    if "|" in name:
+        raise InvalidNameError(
+            name, f"a name with a bar follows its base: register or override {name.rpartition('|')[2]!r}"
+        )
     if not _BASE.fullmatch(name) or set(name) == {"."}:
         raise InvalidNameError(name, "it is empty" if not name else "it has a part that the grammar does not allow")
     return name

@@ -140,6 +140,7 @@ class Registry:
             NameTakenError: the name belongs to someone else and *replace* is False.
         """
         check_record(backend, _qualified(getattr(backend, "attention", backend)))
+        check_base(backend.name)
         halves = _Halves(backend.attention, backend.mask, backend.supports, backend.kernel)
         self._write(backend.name, halves, replace=replace)
 

@@ -17,6 +17,7 @@ from attnreg.default import default_registry
 from attnreg.errors import (
     AttnregError,
     ConfigurationError,
+    InvalidNameError,
     KernelError,
     NoBackendError,
     UnknownBackendError,
@@ -241,13 +242,13 @@ def _from_environment(registry: Registry) -> str | None:
     name = default_implementation()
     if name is None or name == AUTO or name in registry:
         return name
-    if is_automatic(name):
-        check_wrappers(name, parse(name, automatic=True))
-        return name
     try:
-        registry.get(name)
-    except UnknownBackendError as error:
-        problem = error.message.splitlines()[0].replace("; did you mean", ", perhaps").rstrip("?")
+        if is_automatic(name):
+            check_wrappers(name, parse(name, automatic=True))
+        else:
+            registry.get(name)
+    except (UnknownBackendError, InvalidNameError) as error:
+        problem = error.message.splitlines()[0].replace("; did you mean", ", perhaps").rstrip("?.")
         remedy = f"Set it to one of: {', '.join(registry.names())}."
         raise ConfigurationError(IMPLEMENTATION, name, problem, remedy) from None
     return name

@@ -36,7 +36,7 @@ FEATURES: Final[dict[str, tuple[str, str]]] = {
     "alibi": ("a position bias that is ALiBi", "Choose a backend with position_bias, such as eager."),
     "dropout": ("dropout", "Set the dropout to 0, or choose a backend with dropout, such as eager."),
     "packing": ("cu_seq_lens without a mask", "Build the mask from position_ids with the backend's own formatter."),
-    "paged": ("a paged key/value cache", "Choose a paged backend."),
+    "paged": ("a paged key/value cache", "Choose a backend over pages, such as paged|sdpa or paged|auto."),
     "sparse": ("keys selected by indices or block_indices", "Choose a sparse backend, or the model's own attention."),
     "lse": ("the log-sum-exp", "Choose a backend that returns it."),
     "weights": ("the attention weights", "Choose a backend that returns them, such as eager."),

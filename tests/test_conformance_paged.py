@@ -48,7 +48,7 @@ class TestPagedFlashAttention2(BackendContract):
 class TestPagedFlashAttention2OnTheCpu(BackendContract):
     """The same by the reference: of pages of 16, it gets all sequences at once, by their lengths."""
 
-    backend = wrap(on_the_cpu("flash_attention_2"), "")
+    backend = wrap(on_the_cpu("flash_attention_2"))
     device = "cpu"
     dtypes = ("bfloat16",)
     quick = True

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from paged_inputs import Sequences
 
 import attnreg
+from attnreg import InvalidInputError
 from attnreg.builtin import varlen
-from attnreg.paged import attend_packed
+from attnreg.paged import Pages, attend_packed, attend_pages
 from attnreg.paged.wrapping import wrap
 
 pytestmark = pytest.mark.usefixtures("kernels_on_cpu")
@@ -82,7 +83,7 @@ def test_pages_give_what_rows_give(name, data) -> None:
         options["s_aux"] = torch.linspace(-1, 1, sequences.heads[0]).to(sequences.dtype)
     expected = sequences.alone(inner, **options)
     key, value, table = sequences.in_pages()
-    output, weights = wrap(inner, "").call(
+    output, weights = wrap(inner).call(
         CAUSAL, sequences.query, key, value, None, **table, cu_seq_lens_q=sequences.ends, **options
     )
     assert weights is None
@@ -112,21 +113,25 @@ def recorded(backend: attnreg.Backend, calls: list[dict[str, Any]]) -> attnreg.B
     return replace(backend, attention=attention, origin=None)
 
 
-def calls_of(name: str, page_size: int, lengths=((1, 5), (1, 9), (3, 6), (2, 2)), window=None) -> list[dict[str, Any]]:
+def calls_of(name: str, page_size: int, window: int | None = None, **more: Any) -> list[dict[str, Any]]:
     """Return the calls of backend X that one call of `paged|X` makes."""
     calls: list[dict[str, Any]] = []
     inner = backend_of(name)
+    lengths = (1, 5), (1, 9), (3, 6), (2, 2)
     sequences = Sequences(lengths=lengths, page_size=page_size, dtype=dtype_of(inner))
     key, value, table = sequences.in_pages()
-    keywords = {**table, "cu_seq_lens_q": sequences.ends, "is_causal": True, "sliding_window": window}
-    wrap(recorded(inner, calls), "").call(CAUSAL, sequences.query, key, value, None, **keywords)
+    keywords = {**table, "cu_seq_lens_q": sequences.ends, "is_causal": True, "sliding_window": window, **more}
+    wrap(recorded(inner, calls)).call(CAUSAL, sequences.query, key, value, None, **keywords)
     return calls
 
 
 @pytest.mark.parametrize(("name", "page_size"), [("flash_attention_2", 256), ("flash_attention_4", 4), ("varlen", 512)])
 def test_kernels_for_block_tables_are_handed_them(name, page_size) -> None:
-    """The kernel reads the pages itself: decoding sequences as rows of one query, the others packed."""
-    rows, packed = calls_of(name, page_size)
+    """The kernel reads the pages itself: decoding sequences as rows of one query, the others packed.
+
+    A dropout of 0, which models pass at every call, asks for nothing.
+    """
+    rows, packed = calls_of(name, page_size, dropout=0.0)
     assert (rows["rows"], rows["queries"], len(rows["block_table"])) == (2, 1, 2)
     assert rows.get("cu_seq_lens_q") is None
     assert (packed["rows"], packed["queries"], packed["cu_seq_lens_q"].tolist()) == (1, 5, [0, 3, 5])
@@ -161,7 +166,7 @@ def test_the_log_sum_exp(name) -> None:
     sequences = Sequences(lengths=((1, 5), (1, 9), (3, 6)), page_size=256, dtype=dtype_of(inner))
     key, value, table = sequences.in_pages()
     keywords = {**table, "cu_seq_lens_q": sequences.ends, "is_causal": True, "return_lse": True}
-    output, weights, lse = wrap(inner, "").call(CAUSAL, sequences.query, key, value, None, **keywords)
+    output, weights, lse = wrap(inner).call(CAUSAL, sequences.query, key, value, None, **keywords)
     found = [inner.call(CAUSAL, *each, None, is_causal=True, return_lse=True)[2] for each in sequences.tokens]
     assert weights is None
     assert output.shape[:2] == (1, 5)
@@ -175,7 +180,7 @@ def test_rows_of_one_length_need_no_ends(name) -> None:
     sequences = Sequences(lengths=((2, 5), (2, 9)), page_size=256, dtype=dtype_of(inner))
     key, value, table = sequences.in_pages()
     query = torch.cat([query for query, _, _ in sequences.tokens])
-    output, _, lse = wrap(inner, "").call(CAUSAL, query, key, value, None, **table, is_causal=True, return_lse=True)
+    output, _, lse = wrap(inner).call(CAUSAL, query, key, value, None, **table, is_causal=True, return_lse=True)
     expected = torch.cat(sequences.alone(inner, is_causal=True, sliding_window=None))
     torch.testing.assert_close(output, expected, rtol=0, atol=TOLERANCE[sequences.dtype])
     assert lse.shape == (2, 4, 2)
@@ -188,7 +193,7 @@ def test_values_of_another_head_dimension(name) -> None:
     sequences = Sequences(lengths=((1, 5), (3, 6)), page_size=256, dtype=dtype_of(inner))
     key, value, table = sequences.in_pages()
     keywords = {**table, "cu_seq_lens_q": sequences.ends, "is_causal": True}
-    output, _ = wrap(inner, "").call(CAUSAL, sequences.query, key, value[..., :8], None, **keywords)
+    output, _ = wrap(inner).call(CAUSAL, sequences.query, key, value[..., :8], None, **keywords)
     found = [inner.call(CAUSAL, q, k, v[..., :8], None, is_causal=True)[0] for q, k, v in sequences.tokens]
     torch.testing.assert_close(output, torch.cat(found, 1), rtol=0, atol=TOLERANCE[sequences.dtype])
 
@@ -205,7 +210,7 @@ def test_what_does_not_go_together_takes_another_way() -> None:
     ):
         calls.clear()
         halved = replace(recorded(inner, calls), supports=replace(inner.supports, exclusive=groups))
-        output, _ = wrap(halved, "").call(CAUSAL, sequences.query, key, value, None, **keywords)
+        output, _ = wrap(halved).call(CAUSAL, sequences.query, key, value, None, **keywords)
         expected = sequences.alone(inner, is_causal=True, sliding_window=None, softcap=2.0)
         torch.testing.assert_close(output, torch.cat(expected, 1), rtol=0, atol=3e-2)
         assert all(call.get("block_table") is None for call in calls)
@@ -237,7 +242,7 @@ def test_a_function_without_a_formatter_is_called_one_sequence_at_a_time() -> No
     backend = attnreg.Backend(name="mine", attention=mine, mask=attnreg.NO_MASK, supports=can)
     sequences = Sequences(lengths=((1, 5), (1, 9)))
     key, value, table = sequences.in_pages()
-    output, _ = wrap(backend, "").call(
+    output, _ = wrap(backend).call(
         CAUSAL, sequences.query, key, value, None, **table, cu_seq_lens_q=sequences.ends, is_causal=True
     )
     assert [shape[2] for shape in calls] == [5, 9]
@@ -258,15 +263,78 @@ def test_packed_keys(name) -> None:
     expected = torch.cat(sequences.alone(inner, is_causal=True, sliding_window=4), 1)
     torch.testing.assert_close(output[:, :5], expected, rtol=0, atol=TOLERANCE[sequences.dtype])
     assert not output[:, 5:].any()
+    *_, lse = attend_packed(inner, CAUSAL, query, key, value, **lengths, is_causal=True, return_lse=True)
+    assert torch.isneginf(lse[..., 5:]).all()
+    assert not torch.isneginf(lse[..., :5]).any()
 
 
-def test_no_queries_at_all() -> None:
-    """Sequences without queries, as in a batch that is not full, give nothing and break nothing."""
-    sequences = Sequences(lengths=((1, 5),))
+@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flash_attention_3", "varlen"])
+def test_nothing_at_all(name) -> None:
+    """No sequences, and sequences without queries as in a batch that is not full, give nothing and break nothing."""
+    inner = backend_of(name)
+    sequences = Sequences(lengths=((1, 5),), dtype=dtype_of(inner), page_size=256)
     _, key, value = sequences.tokens[0]
-    empty = torch.zeros(2, dtype=torch.int32)
-    output, _ = attend_packed(
-        attnreg.get("sdpa"), CAUSAL, sequences.query, key, value, cu_seq_lens_q=empty, cu_seq_lens_k=empty
+    for ends in (torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)):
+        lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+        output, _, lse = attend_packed(inner, CAUSAL, sequences.query, key, value, **lengths, return_lse=True)
+        assert output.shape == (1, 1, 4, 16)
+        assert not output.any()
+        assert torch.isneginf(lse).all()
+    pages, values, table = sequences.in_pages()
+    none = {what: each[:0] for what, each in table.items()}
+    rows = sequences.query[:0]
+    output, _, lse = wrap(inner).call(CAUSAL, rows, pages, values, None, **none, return_lse=True)
+    assert (output.shape, lse.shape) == ((0, 1, 4, 16), (0, 4, 1))
+
+
+def pages_of(sequences: Sequences, **more: Any) -> Pages:
+    """Return the pages of some sequences, as a cache would."""
+    key, value, table = sequences.in_pages()
+    lengths_q, lengths_k = zip(*sequences.lengths, strict=True)
+    return Pages(
+        key=key.transpose(1, 2),
+        value=value.transpose(1, 2),
+        **table,
+        cu_seq_lens_q=sequences.ends,
+        max_length_q=max(lengths_q),
+        max_length_k=max(lengths_k),
+        singles=lengths_q.count(1),
+        lengths_q=lengths_q,
+        lengths_k=lengths_k,
+        **more,
     )
-    assert output.shape == (1, 1, 4, 16)
-    assert not output.any()
+
+
+def test_what_layers_share_is_told_apart() -> None:
+    """Layers of one table may differ in backend, window, causality and dtype: none reads what another found out."""
+    sequences = Sequences(lengths=((1, 5), (1, 9), (3, 6)))
+    pages, expected = pages_of(sequences), attnreg.get("eager")
+    for backend in (attnreg.get("sdpa"), expected):
+        for window in (None, 5, 3, 1):
+            for is_causal in (True, False):
+                flags = {"is_causal": is_causal, "sliding_window": window}
+                output, _ = attend_pages(backend, CAUSAL, sequences.query, pages, **flags)
+                torch.testing.assert_close(output, torch.cat(sequences.alone(expected, **flags), 1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "got"), [(None, "no window"), (5, "a window of 5")])
+def test_what_a_layer_does_not_keep_cannot_be_seen(window, got) -> None:
+    """Blocks behind a layer's window are gone: a call that would look there is refused."""
+    sequences = Sequences(lengths=((1, 9),))
+    with pytest.raises(InvalidInputError, match=f"the call over pages is {got}; wanted: 4 or less: what is behind is"):
+        attend_pages(
+            attnreg.get("sdpa"), CAUSAL, sequences.query, pages_of(sequences, sliding_window=4), sliding_window=window
+        )
+
+
+def test_lengths_of_another_pass_are_no_use() -> None:
+    """What was found out about one batch is not used for another that is given the same dictionary."""
+    inner, shared = attnreg.get("sdpa"), {}
+    for lengths in (((1, 5), (3, 6)), ((1, 9), (2, 12))):
+        sequences = Sequences(lengths=lengths)
+        key, value = (torch.cat([each[half] for each in sequences.tokens], 2) for half in (1, 2))
+        ends = torch.tensor([0, *(keys for _, keys in lengths)]).cumsum(0).int()
+        both = {"cu_seq_lens_q": sequences.ends, "cu_seq_lens_k": ends}
+        output, _ = attend_packed(inner, CAUSAL, sequences.query, key, value, **both, shared=shared)
+        expected = sequences.alone(inner, is_causal=True, sliding_window=None)
+        torch.testing.assert_close(output, torch.cat(expected, 1))

@@ -54,7 +54,11 @@ def test_a_wrapped_name_follows_its_base() -> None:
             "no wrapper is named 'pagd', which 'pagd|sdpa' asks for; did you mean 'paged'?",
         ),
         ("paged|sdp", attnreg.UnknownBackendError, "no attention backend is named 'sdp'; did you mean 'sdpa'?"),
-        ("paged(2)|sdpa", InvalidInputError, "the arguments of the wrapper 'paged' is '2'; wanted: none: paged|sdpa."),
+        (
+            "paged(2)|sdpa",
+            attnreg.InvalidNameError,
+            "'paged(2)|sdpa' is no backend name: the wrapper 'paged' takes no arguments, and it has '2'.",
+        ),
     ],
 )
 def test_names_that_mean_nothing(name, error, text) -> None:
@@ -62,6 +66,7 @@ def test_names_that_mean_nothing(name, error, text) -> None:
     with pytest.raises(error) as caught:
         attnreg.get(name)
     assert str(caught.value).startswith(text)
+    assert name not in attnreg.default_registry
 
 
 def test_automatic_choice() -> None:
@@ -121,7 +126,9 @@ def test_native_is_preferred() -> None:
             PagedMask(is_causal=True, sliding_window=3),
         ),
         (masks.window(3, 3), PagedMask(is_causal=False, sliding_window=4)),
-        (masks.causal() & masks.documents(torch.tensor([[0, 0, 1]])), PagedMask(is_causal=True)),
+        (masks.causal() & masks.documents(torch.tensor([[0, 1, 1, 1]])), PagedMask(is_causal=True)),
+        (masks.causal() & masks.documents(torch.tensor([[4, 4, 4, 4]])), PagedMask(is_causal=True)),
+        (masks.causal() & masks.padding(torch.ones(1, 4, dtype=torch.bool)), PagedMask(is_causal=True)),
     ],
 )
 def test_masks_over_pages(predicate, expected) -> None:
@@ -150,6 +157,11 @@ PADDED = torch.tensor([[0, 1, 1]])
             "mask: wants chunked; supported: bidirectional, causal, documents, padding, sliding_window.",
         ),
         ({"mask_function": lambda b, h, q, k: k <= q}, UnsupportedError, "mask: wants opaque; supported: "),
+        (
+            {"mask_function": masks.causal() & masks.padding(PADDED.bool())},
+            InvalidMaskError,
+            "the mask over pages is padding; wanted: none: rows are packed",
+        ),
         ({"attention_mask": PADDED}, InvalidMaskError, "the mask over pages is padding; wanted: none: rows are packed"),
         (
             {"mask_function": masks.window(3, 1)},
@@ -163,6 +175,20 @@ def test_masks_that_pages_cannot_express(keywords, error, text) -> None:
     with pytest.raises(error) as caught:
         attnreg.get("paged|sdpa").format(batch_size=1, q_length=3, kv_length=3, **keywords)
     assert text in str(caught.value)
+
+
+def test_documents_within_a_sequence_are_refused() -> None:
+    """What a document hides within a sequence, pages would show."""
+    sequences = Sequences(lengths=((1, 9), (3, 6)))
+    key, value, table = sequences.in_pages()
+    mask = attnreg.get("paged|sdpa").format(
+        batch_size=1,
+        q_length=4,
+        kv_length=4,
+        mask_function=masks.causal() & masks.documents(torch.tensor([[0, 0, 1, 1]])),
+    )
+    with pytest.raises(InvalidMaskError, match=r"ends at token 2 of the row; wanted: .* sequences do: \[0, 1, 4\]"):
+        attnreg.get("paged|sdpa").call(CAUSAL, sequences.query, key, value, mask, **table, cu_seq_lens_q=sequences.ends)
 
 
 # -- calls that do not fit ---------------------------------------------------------------------------------------------
@@ -208,6 +234,16 @@ class Pages:
             {**TABLE, "cu_seq_lens_q": torch.tensor([0, 4], dtype=torch.int32)},
             InvalidInputError,
             "the query beside cu_seq_lens_q is 1 rows of 3 tokens; wanted: one row of 4 tokens.",
+        ),
+        (
+            {**TABLE, "cu_seq_lens_q": torch.tensor([1, 3], dtype=torch.int32)},
+            InvalidInputError,
+            "cu_seq_lens_q is [1, 3]; wanted: (sequences + 1,), growing from 0 to 3 at most.",
+        ),
+        (
+            {**TABLE, "cu_seq_lens_q": torch.tensor([0, 3, 2], dtype=torch.int32)},
+            InvalidInputError,
+            "cu_seq_lens_q is [0, 3, 2]; wanted: (sequences + 1,), growing from 0 to 3 at most.",
         ),
         ({**TABLE, "sliding_window": 0}, InvalidInputError, "sliding_window is 0; wanted: 1 or more keys"),
         ({**TABLE, "max_length_q": 2}, InvalidInputError, "max_length_q is 2; wanted: 3 or more."),

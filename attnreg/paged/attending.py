@@ -5,19 +5,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from attnreg import InvalidInputError, compat, masks
-from attnreg.backend import NO_MASK
+from attnreg import InvalidInputError, compat
 from attnreg.builtin.inputs import causality
 from attnreg.keywords import KEYWORDS
 from attnreg.paged.gathering import Tokens
-from attnreg.paged.runs import runs
+from attnreg.paged.rows import Call, as_one_row, joined, one_by_one
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Mapping
+    from collections.abc import Hashable, Mapping
 
     from attnreg.backend import Backend
     from attnreg.capabilities import Capabilities
@@ -26,12 +25,19 @@ if TYPE_CHECKING:
     Result = tuple[torch.Tensor, None] | tuple[torch.Tensor, None, torch.Tensor]
 
 
+_VECTOR: Final = 8
+"""Numbers that a kernel reads at once."""
+_SOME: Final = 2
+"""Entries in where the sequences begin and end, if there is a sequence."""
+
+
 def attend_packed(
     backend: Backend,
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    /,
     *,
     lengths_q: tuple[int, ...] | None = None,
     lengths_k: tuple[int, ...] | None = None,
@@ -74,8 +80,12 @@ def attend_packed(
     Raises:
         AttnregError: what the backend raises of the call.
     """
-    shared = {} if shared is None else shared
+    # What was found out about other lengths is of no use here.
+    if shared is None or shared.setdefault("keys' ends", cu_seq_lens_k) is not cu_seq_lens_k:
+        shared = {}
     flag = causality(module, is_causal)
+    if len(cu_seq_lens_q) < _SOME or not query.shape[2]:
+        return compat.nothing(query, key, value, return_lse=bool(keywords.get("return_lse")))
     if takes_lengths(backend, query, sliding_window, keywords):
         keywords |= {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
         keywords |= {"max_length_q": max_length_q, "max_length_k": max_length_k}
@@ -94,7 +104,7 @@ def attend_packed(
         lengths_k=lengths_k,
         shared=shared,
     )
-    return _one_by_one(_Call(backend, module, query, tokens, flag, sliding_window, keywords))
+    return one_by_one(Call(backend, module, query, tokens, flag, sliding_window, keywords))
 
 
 def attend_pages(
@@ -102,6 +112,7 @@ def attend_pages(
     module: Any,
     query: torch.Tensor,
     pages: Pages,
+    /,
     *,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
@@ -128,7 +139,16 @@ def attend_pages(
     if query.shape[0] != 1 or query.shape[2] < sum(pages.lengths_q):
         wanted = f"(1, heads, {sum(pages.lengths_q)} or more, head_dim), as the pages' lengths say"
         raise InvalidInputError("the query beside pages", f"of shape {tuple(query.shape)}", wanted)
+    reach = pages.sliding_window
+    if reach is not None and (sliding_window is None or sliding_window > reach):
+        got = "no window" if sliding_window is None else f"a window of {sliding_window}"
+        raise InvalidInputError(
+            "the call over pages", got, f"{reach} or less: what is behind is not kept for this layer"
+        )
     flag = causality(module, is_causal)
+    if not sum(pages.lengths_q):
+        key, value = (each[:, :1].transpose(1, 2) for each in (pages.key, pages.value))
+        return compat.nothing(query, key, value, return_lse=bool(keywords.get("return_lse")))
     keywords |= {"is_causal": flag, "sliding_window": sliding_window}
     if reads_tables(backend, query, pages, keywords):
         return _natively(backend, module, query, pages, keywords)
@@ -144,16 +164,17 @@ def attend_pages(
         result: Result = backend.call(module, query, key, value, None, **keywords)
         return result
     del keywords["is_causal"], keywords["sliding_window"]
-    return _one_by_one(_Call(backend, module, query, tokens, flag, sliding_window, keywords))
+    return one_by_one(Call(backend, module, query, tokens, flag, sliding_window, keywords))
 
 
 def reads_tables(backend: Backend, query: torch.Tensor, pages: Pages, keywords: Mapping[str, Any]) -> bool:
     """Whether the backend's own kernel takes block tables over such pages, on the query's device, for such a call.
 
-    Kernels read keys and values of one shape; a cache is not filled up for them.
+    Kernels read keys and values of one shape, in head dimensions of whole vectors; a cache is not filled up for them.
     """
     supports = backend.supports.at(query.device.type)
     fits = pages.page_size % supports.page_size_multiple == 0 and pages.key.shape == pages.value.shape
+    fits = fits and query.shape[3] % _VECTOR == 0
     return supports.paged and fits and not _excluded(supports, "paged", keywords)
 
 
@@ -168,29 +189,13 @@ def takes_lengths(
 
 def _excluded(supports: Capabilities, feature: str, keywords: Mapping[str, Any]) -> bool:
     """Whether a feature does not go together with what the keywords ask for."""
-    asked = {KEYWORDS[word] for word, it in keywords.items() if word in KEYWORDS and it is not None and it is not False}
+    asked = {KEYWORDS[word] for word, it in keywords.items() if word in KEYWORDS and _says_something(it)}
     return any(feature in group and asked.issuperset({*group} - {feature}) for group in supports.exclusive)
 
 
-class _Call(NamedTuple):
-    """A call that is made in parts."""
-
-    backend: Backend
-    module: Any
-    query: torch.Tensor
-    tokens: Tokens
-    is_causal: bool
-    window: int | None
-    keywords: dict[str, Any]
-
-    @property
-    def singles(self) -> int:
-        """How many sequences, from the first on, have one query, and so can be computed as rows of one batch."""
-        structures = self.backend.supports.at(self.query.device.type).structures
-        if self.backend.mask is NO_MASK or "padding" not in (structures or {"padding"}):
-            return 0  # it has no words for rows of different lengths
-        lengths = self.tokens.lengths_q
-        return next((place for place, length in enumerate(lengths) if length != 1), len(lengths))
+def _says_something(value: Any) -> bool:
+    """Whether a keyword's value asks for anything: models pass `dropout=0.0` at every call."""
+    return value is not None and not (isinstance(value, int | float) and not value)
 
 
 def _natively(backend: Backend, module: Any, query: torch.Tensor, pages: Pages, keywords: dict[str, Any]) -> Result:
@@ -202,14 +207,14 @@ def _natively(backend: Backend, module: Any, query: torch.Tensor, pages: Pages, 
         rows = query[0, :, :singles].transpose(0, 1)[:, :, None]
         table: dict[str, Any] = {"block_table": pages.block_table[:singles]}
         table |= {"cache_seqlens": pages.cache_seqlens[:singles], "max_length_k": pages.max_length_k}
-        parts.append(_as_one_row(backend.call(module, rows, key, value, None, **table, **keywords)))
+        parts.append(as_one_row(backend.call(module, rows, key, value, None, **table, **keywords)))
     if singles < sequences:
         table = {"block_table": pages.block_table[singles:], "cache_seqlens": pages.cache_seqlens[singles:]}
         table["cu_seq_lens_q"] = _without(pages, singles)
         table |= {"max_length_q": pages.max_length_q, "max_length_k": pages.max_length_k}
         stop = sum(pages.lengths_q)
         parts.append(backend.call(module, query[:, :, singles:stop], key, value, None, **table, **keywords))
-    return _joined(parts, query.shape[2])
+    return joined(parts, query.shape[2])
 
 
 def _without(pages: Pages, singles: int) -> torch.Tensor:
@@ -220,101 +225,6 @@ def _without(pages: Pages, singles: int) -> torch.Tensor:
         pages.shared["ends of others", singles] = pages.cu_seq_lens_q[singles:] - singles
     ends: torch.Tensor = pages.shared["ends of others", singles]
     return ends
-
-
-def _one_by_one(call: _Call) -> Result:
-    """Call a backend for rows: once for all sequences of one query, and once for each of the others."""
-    singles = call.singles
-    parts: list[Any] = []
-    for which in runs(call.tokens, singles, call.window):
-        key, value, lengths = call.tokens.in_rows(which, call.window)
-        rows = call.query[0, :, which.start : which.stop].transpose(0, 1)[:, :, None]
-        parts.append(_as_one_row(_computed(call, rows, key, value, lengths)))
-    parts += _others(call, singles)
-    if not parts:
-        key, value = (each.transpose(0, 1)[None] for each in (call.tokens.key, call.tokens.value))
-        return compat.nothing(call.query, key, value, return_lse=bool(call.keywords.get("return_lse")))
-    return _joined(parts, call.query.shape[2])
-
-
-def _others(call: _Call, singles: int) -> Iterator[Any]:
-    lengths_q = call.tokens.lengths_q
-    if singles == len(lengths_q):
-        return
-    which = range(singles, len(lengths_q))
-    key, value, lengths = call.tokens.together(which, call.window)
-    begin_q, begin_k = singles, 0
-    for each, length in zip(which, lengths, strict=True):
-        end_q, end_k = begin_q + lengths_q[each], begin_k + length
-        if end_q > begin_q:
-            parts = call.query[:, :, begin_q:end_q], key[:, :, begin_k:end_k], value[:, :, begin_k:end_k]
-            yield _computed(call, *parts, [length])
-        begin_q, begin_k = end_q, end_k
-
-
-def _computed(
-    call: _Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int]
-) -> tuple[Any, ...]:
-    """Call the backend with rows whose last query is at their last key; what is too much stands at their beginnings."""
-    mask = _mask(call, query, key, lengths)
-    result: tuple[Any, ...] = call.backend.call(
-        call.module,
-        query,
-        key,
-        value,
-        mask,
-        is_causal=call.is_causal,
-        sliding_window=call.window,
-        **call.keywords,
-    )
-    return result
-
-
-def _mask(call: _Call, query: torch.Tensor, key: torch.Tensor, lengths: list[int]) -> Any:
-    rows, q_length, kv_length = query.shape[0], query.shape[2], key.shape[2]
-    what = "mask", call.backend.name, q_length, tuple(lengths), call.is_causal, call.window, query.dtype
-    if what not in call.tokens.shared:
-        padding = None
-        if any(length != kv_length for length in lengths):
-            numbers = torch.tensor(lengths, device=query.device)[:, None]
-            padding = torch.arange(kv_length, device=query.device) >= kv_length - numbers
-        call.tokens.shared[what] = call.backend.format(
-            batch_size=rows,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=kv_length - q_length,
-            mask_function=_predicate(call),
-            attention_mask=padding,
-            allow_is_bidirectional_skip=True,
-            dtype=query.dtype,
-            device=query.device,
-        )
-    return call.tokens.shared[what]
-
-
-def _predicate(call: _Call) -> Any:
-    if call.is_causal:
-        return masks.causal() if call.window is None else masks.causal() & masks.sliding_window(call.window)
-    return masks.bidirectional() if call.window is None else masks.window(call.window - 1, call.window - 1)
-
-
-def _as_one_row(result: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Lay rows of one query each one after the other."""
-    output, *rest = result
-    output = output.transpose(0, 1)
-    return (output, None, rest[1].permute(2, 1, 0)) if len(rest) > 1 else (output, None)
-
-
-def _joined(parts: list[Any], length: int) -> Result:
-    """Lay the parts one after the other, and fill the row up with 0 and a log-sum-exp of -inf."""
-    output = torch.cat([part[0] for part in parts], 1) if len(parts) > 1 else parts[0][0]
-    missing = length - output.shape[1]
-    if missing:
-        output = torch.nn.functional.pad(output, (0, 0, 0, 0, 0, missing))
-    if len(parts[0]) == 2:  # noqa: PLR2004 - output and weights
-        return output, None
-    lse = torch.cat([part[2] for part in parts], 2)
-    return output, None, torch.nn.functional.pad(lse, (0, missing), value=float("-inf")) if missing else lse
 
 
 def _places(shared: dict[Hashable, Any], ends: torch.Tensor, longest: int, tokens: int) -> torch.Tensor:

@@ -72,7 +72,7 @@ class Tokens:
         places, lengths = self._found(("together", which, window), lambda: self._places_together(which, window))
         return (*self._taken(places), lengths)
 
-    def in_rows(self, which: range, window: int | None) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    def in_rows(self, which: tuple[int, ...], window: int | None) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """Return the tokens that the sequences *which* see, a row for each, the last token last.
 
         What is too much at the beginning of a row is a copy of the sequence's first token that counts: finite, so
@@ -98,7 +98,7 @@ class Tokens:
         blocks = positions.div(self.block_size, rounding_mode="floor")
         return self.table[rows, blocks].long() * self.block_size + positions % self.block_size, lengths
 
-    def _places_in_rows(self, which: range, window: int | None) -> tuple[torch.Tensor, list[int]]:
+    def _places_in_rows(self, which: tuple[int, ...], window: int | None) -> tuple[torch.Tensor, list[int]]:
         firsts = self.firsts(which, window)
         ends = [self.lengths_k[each] for each in which]
         lengths = [end - first for end, first in zip(ends, firsts, strict=True)]
@@ -106,7 +106,7 @@ class Tokens:
         positions = _on(ends, self.table)[:, None] + torch.arange(-longest, 0, device=self.table.device)
         positions = positions.maximum(_on(firsts, self.table)[:, None])
         blocks = positions.div(self.block_size, rounding_mode="floor")
-        table = self.table[which.start : which.stop].long()
+        table = self.table.index_select(0, _on(which, self.table)).long()
         return table.gather(1, blocks) * self.block_size + positions % self.block_size, lengths
 
     def _found(self, key: Hashable, find: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -20,18 +21,8 @@ if TYPE_CHECKING:
     Result = tuple[torch.Tensor, None] | tuple[torch.Tensor, None, torch.Tensor]
 
 
-def wrap(backend: Backend, args: str) -> Backend:
-    """Return `paged|X` for backend X.
-
-    Args:
-        backend: X.
-        args: what stands in brackets after `paged`; must be nothing.
-
-    Raises:
-        InvalidInputError: there are arguments.
-    """
-    if args:
-        raise InvalidInputError("the arguments of the wrapper 'paged'", repr(args), f"none: paged|{backend.name}")
+def wrap(backend: Backend) -> Backend:
+    """Return `paged|X` for backend X."""
     return Backend(
         name=f"paged|{backend.name}",
         attention=PagedAttention(backend),
@@ -130,8 +121,9 @@ class PagedAttention:
             block_table: int32 `(sequences, blocks)`, for each sequence its pages in order.
             cache_seqlens: int32 `(sequences,)`, tokens of each, the queries' included.
             cu_seq_lens_q: int32 `(sequences + 1,)`, where each one's queries begin, and where the last one's end.
-            max_length_q: queries of the longest; without it the device is asked.
-            max_length_k: tokens of the longest; without it the device is asked.
+            max_length_q: queries of the longest, or more.
+            max_length_k: tokens of the longest, or more. With a block table the device is asked in any case, once for
+                each tensor of lengths; a cache knows them.
             is_causal: the keyword.
             sliding_window: the keyword.
             **keywords: others of X's, such as `scaling`, `softcap`, `s_aux` and `return_lse`.
@@ -147,7 +139,10 @@ class PagedAttention:
         if cache is not None:
             if block_table is not None or cache_seqlens is not None:
                 raise InvalidInputError("the pages", "a cache beside a block table", "one of the two")
-            return attend_pages(self.inner, module, query, cache.update(_layer(module), key, value), **keywords)
+            pages = cache.update(_layer(module), key, value)
+            if isinstance(attention_mask, PagedMask) and attention_mask.documents:
+                attention_mask.check(pages.cu_seq_lens_q)
+            return attend_pages(self.inner, module, query, pages, **keywords)
         if block_table is None or cache_seqlens is None:
             got = "neither cache nor block_table" if block_table is None is cache_seqlens else "half of a block table"
             wanted = "cache=, as attnreg.serving.ContinuousBatcher gives it, or block_table= and cache_seqlens="
@@ -155,18 +150,16 @@ class PagedAttention:
         rows, _, length, _ = query.shape
         if cu_seq_lens_q is None:
             query = query.transpose(0, 1).flatten(1, 2)[None]
-            lengths: tuple[int, ...] = (length,) * rows
-            cu_seq_lens_q = torch.arange(rows + 1, dtype=torch.int32, device=query.device) * length
+            ends = list(range(0, rows * length + 1, length)) if length else [0] * (rows + 1)
         else:
-            lengths = tuple(cu_seq_lens_q.diff().tolist())
-            if rows != 1 or sum(lengths) > length:
-                got = f"{rows} rows of {length} tokens"
-                raise InvalidInputError("the query beside cu_seq_lens_q", got, f"one row of {sum(lengths)} tokens")
-        pages = _pages(key, value, block_table, cache_seqlens, cu_seq_lens_q, lengths, max_length_k)
+            ends = _ends(cu_seq_lens_q, query)
+        pages = _pages(key, value, block_table, cache_seqlens, ends, max_length_k)
         if max_length_q is not None and max_length_q < pages.max_length_q:
             raise InvalidInputError("max_length_q", str(max_length_q), f"{pages.max_length_q} or more")
+        if isinstance(attention_mask, PagedMask):
+            attention_mask.check(pages.cu_seq_lens_q)
         result = attend_pages(self.inner, module, query, pages, **keywords)
-        return result if rows == 1 else _in_rows(result, rows)
+        return result if cu_seq_lens_q is not None else _in_rows(result, rows, length)
 
 
 def _flags(
@@ -197,10 +190,10 @@ def _pages(
     value: torch.Tensor,
     block_table: torch.Tensor,
     cache_seqlens: torch.Tensor,
-    cu_seq_lens_q: torch.Tensor,
-    lengths_q: tuple[int, ...],
+    ends: list[int],
     max_length_k: int | None,
 ) -> Pages:
+    lengths_q = tuple(end - begin for begin, end in pairwise(ends))
     sequences = len(lengths_q)
     _check("block_table", block_table, key, (sequences, *block_table.shape[1:2]))
     _check("cache_seqlens", cache_seqlens, key, (sequences,))
@@ -214,7 +207,7 @@ def _pages(
         value=value.transpose(1, 2),
         block_table=block_table,
         cache_seqlens=cache_seqlens,
-        cu_seq_lens_q=cu_seq_lens_q.to(torch.int32),
+        cu_seq_lens_q=torch.tensor(ends, dtype=torch.int32, device=key.device),
         max_length_q=max(lengths_q, default=0),
         max_length_k=longest if max_length_k is None else max(longest, max_length_k),
         singles=next((place for place, one in enumerate(lengths_q) if one != 1), sequences),
@@ -230,7 +223,19 @@ def _check(what: str, tensor: torch.Tensor, key: torch.Tensor, shape: tuple[int,
         raise InvalidInputError(what, got, f"int32 {wanted} on {key.device}")
 
 
-def _in_rows(result: Any, rows: int) -> Result:
+def _ends(cu_seq_lens_q: torch.Tensor, query: torch.Tensor) -> list[int]:
+    """Return where each sequence's queries begin, and where the last one's end."""
+    ends: list[int] = cu_seq_lens_q.tolist() if cu_seq_lens_q.dim() == 1 else []
+    if not ends or ends[0] or any(end < begin for begin, end in pairwise(ends)):
+        got = str(ends) if ends else f"of shape {tuple(cu_seq_lens_q.shape)}"
+        raise InvalidInputError("cu_seq_lens_q", got, f"(sequences + 1,), growing from 0 to {query.shape[2]} at most")
+    if query.shape[0] != 1 or ends[-1] > query.shape[2]:
+        got = f"{query.shape[0]} rows of {query.shape[2]} tokens"
+        raise InvalidInputError("the query beside cu_seq_lens_q", got, f"one row of {ends[-1]} tokens")
+    return ends
+
+
+def _in_rows(result: Any, rows: int, length: int) -> Result:
     output, _, *lse = result
-    output = output[0].unflatten(0, (rows, -1))
-    return (output, None, lse[0][0].unflatten(1, (rows, -1)).transpose(0, 1)) if lse else (output, None)
+    output = output[0].unflatten(0, (rows, length))
+    return (output, None, lse[0][0].unflatten(1, (rows, length)).transpose(0, 1)) if lse else (output, None)

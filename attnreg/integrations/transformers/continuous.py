@@ -102,7 +102,7 @@ def switch(manager: Any, model: Any, backend: Backend) -> None:
         BridgeError: a layer is on transformers' own implementation.
         UnsupportedError: `paged|X` cannot do what a layer needs.
     """
-    paged = backend if isinstance(backend.attention, PagedAttention) else wrap(backend, "")
+    paged = backend if isinstance(backend.attention, PagedAttention) else wrap(backend)
     config = model.config.get_text_config()
     former = getattr(config, _STORED)
     layers = [each for each in model.modules() if isinstance(getattr(each, "config", None), type(config))]
