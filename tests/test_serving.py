@@ -79,17 +79,37 @@ def test_any_order_and_size(llama, answers, options) -> None:
         assert batcher.report.blocks_in_use == 0
 
 
-def test_preempted_requests_go_on(llama) -> None:
+@pytest.mark.parametrize("block_size", [1, 2])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_preempted_requests_go_on(llama, block_size: int, overlap: bool) -> None:
     """When blocks run out the youngest is set back, with tokens of its own already, and its answer is the same."""
-    asked, new = PROMPTS[1:5], [24] * 4
-    expected = one_by_one(llama, asked, new)
-    for overlap in (False, True):
-        with ContinuousBatcher(
-            llama, "paged|sdpa", max_tokens=60, block_size=2, max_requests=4, overlap=overlap
-        ) as batcher:
-            assert batcher.generate(asked, max_new_tokens=24) == expected
-            assert batcher.report.preemptions > 0
-            batcher.cache.check()
+    asked = [[5], *PROMPTS[1:5]]
+    expected = one_by_one(llama, asked, [24] * 5)
+    options = {"max_tokens": 60, "block_size": block_size, "max_requests": 5, "overlap": overlap}
+    with ContinuousBatcher(llama, "paged|sdpa", cuda_graphs=True, **options) as batcher:
+        assert batcher.generate(asked, max_new_tokens=24) == expected
+        assert batcher.report.preemptions > 0
+        batcher.cache.check()
+
+
+def test_a_request_set_back_finds_all_but_its_last_token(llama) -> None:
+    """Set back and come again, a request decodes at once from the blocks that are left, with its last token known."""
+    asked = [[5], [6], [7]]
+    expected = one_by_one(llama, asked, [12] * 3)
+    with ContinuousBatcher(
+        llama, "paged|sdpa", max_tokens=60, block_size=1, max_requests=3, cuda_graphs=True
+    ) as batcher:
+        requests = [batcher.submit(prompt, max_new_tokens=12) for prompt in asked]
+        for _ in range(6):
+            batcher.step()
+        engine = batcher._engine
+        engine.scheduler._preempt(engine.scheduler.running[1])
+        engine.scheduler._preempt(engine.scheduler.running[1])
+        engine.scheduler.waiting.reverse()
+        engine.scheduler._full = False
+        batcher.run()
+        assert [request.result() for request in requests] == expected
+        assert batcher.report.prefix_hits == 2 * 6
 
 
 def test_ends(llama, answers) -> None:

@@ -163,11 +163,13 @@ def test_callbacks_cancel_submit_and_raise(llama, answers, options) -> None:
                 raise LookupError("mine")
 
         cancelled = batcher.submit(PROMPTS[1], max_new_tokens=9, on_token=cancel)
+        at_the_end = batcher.submit(PROMPTS[1], max_new_tokens=2, on_token=cancel)
         failed = batcher.submit(PROMPTS[1], max_new_tokens=9, on_token=fail)
         requests = submit_all(batcher)
         batcher.run()
         check_others(batcher, requests, answers)
         assert (cancelled.finish_reason, cancelled.tokens) == ("cancelled", answers[1][:2])
+        assert (at_the_end.finish_reason, at_the_end.tokens) == ("cancelled", answers[1][:2])
         assert (failed.finish_reason, failed.tokens) == ("error", answers[1][:3])
         assert later[0].result() == answers[2]
     with pytest.raises(RequestFailedError, match="in on_token after 3 tokens, with LookupError: mine"):

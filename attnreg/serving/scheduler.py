@@ -232,8 +232,6 @@ class Scheduler:
     def _admit(self, budget: int, chosen: dict[Sequence, int]) -> None:
         while budget and self.waiting and self._free_slots and not self._full:
             sequence = self.waiting[0]
-            if sequence.pending:
-                return  # its last token is still on the device
             sequence.computed = self.blocks.add(sequence.arrival, tokens=sequence.tokens)
             sequence.told = len(sequence.tokens)
             if self.running and not self.blocks.can_reserve(dict(self._wanted(sequence, chosen))):
