@@ -155,12 +155,17 @@ def _line(axes: Any, along: list[tuple[int, Point]], colour: str, label: str) ->
 
 
 def _finish(axes: Any, label: str, places: list[int]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xticks(places, [str(place) for place in places])
     axes.set_xticks([], minor=True)
     axes.set_xlabel(label)
-    axes.set_ylabel("ms for each token")
+    axes.set_ylabel("ms for each token (median)")
     axes.grid(visible=True, which="both", color="#E2E2E2", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

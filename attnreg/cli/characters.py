@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _BACKEND: Final = "sdpa"
-_SIZES: Final = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SIZES: Final[dict[str, Any]] = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 _POSITIONS: Final = 1024
 _CONTEXT: Final = 64
 _BATCH: Final = 8

@@ -136,7 +136,8 @@ def _loaded(path: str, device: str, dtype: str) -> tuple[Any, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tokenizer = AutoTokenizer.from_pretrained(path)
-            network = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype]).to(device).eval()
+            network: Any = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
+            network = network.to(device).eval()
     except (OSError, ValueError, RuntimeError, AssertionError) as error:
         raise _refused(f"load {path!r}", device, error) from error
     return network, tokenizer
