@@ -9,7 +9,7 @@ import torch
 from doubles import BUILTIN
 
 import attnreg
-from attnreg import AttnregError, UnsupportedError, reference
+from attnreg import AttnregError, InvalidInputError, UnsupportedError, reference
 from attnreg.keywords import FOREIGN, KEYWORDS
 
 CUDA = torch.cuda.is_available()
