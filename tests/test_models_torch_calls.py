@@ -313,6 +313,31 @@ def test_what_is_no_part() -> None:
     assert run(module)[1] == ["one"]
 
 
+class Touchy:
+    """Raises whatever it is asked for, as a library of classes of torch's does."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(f"no class {name}")
+
+
+TOUCHY = Touchy()
+
+
+class Beside(Plain):
+    """Has something in its code that must not be asked for anything."""
+
+    def forward(self, hidden):
+        """Attend, and use the other thing in no way."""
+        return super().forward(hidden) if TOUCHY is not None else TOUCHY
+
+
+def test_what_raises_when_it_is_looked_at_is_not_looked_at() -> None:
+    """What a module's code mentions may be anything: finding its attention asks only functions."""
+    module = Beside()
+    set_attn_implementation(module, "one")
+    assert run(module)[1] == ["one"]
+
+
 class Registered(Plain):
     """Notes every class derived from it, and wants a keyword."""
 

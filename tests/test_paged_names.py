@@ -210,7 +210,8 @@ class Pages:
             {},
             InvalidInputError,
             "the call of paged|sdpa is neither cache nor block_table; wanted: cache=, as "
-            "attnreg.serving.ContinuousBatcher gives it, or block_table= and cache_seqlens=.",
+            "attnreg.serving.ContinuousBatcher gives it, or block_table= and cache_seqlens=; to use a model that such a "
+            "batcher has, close() it first.",
         ),
         ({"block_table": TABLE["block_table"]}, InvalidInputError, "the call of paged|sdpa is half of a block table"),
         ({**TABLE, "cache": Pages()}, InvalidInputError, "the pages is a cache beside a block table; wanted: one of"),

@@ -10,7 +10,7 @@ import builtins
 import dis
 import functools
 import inspect
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _meant(value: Any) -> tuple[Any, ...]:
     while True:
         if isinstance(value, functools.partial | functools.partialmethod):
             value = value.func
-        elif hasattr(value, "__func__"):  # a bound method, a classmethod, a staticmethod
+        elif isinstance(value, MethodType | classmethod | staticmethod):
             value = value.__func__
         else:
             break

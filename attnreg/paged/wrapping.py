@@ -145,7 +145,10 @@ class PagedAttention:
             return attend_pages(self.inner, module, query, pages, **keywords)
         if block_table is None or cache_seqlens is None:
             got = "neither cache nor block_table" if block_table is None is cache_seqlens else "half of a block table"
-            wanted = "cache=, as attnreg.serving.ContinuousBatcher gives it, or block_table= and cache_seqlens="
+            wanted = (
+                "cache=, as attnreg.serving.ContinuousBatcher gives it, or block_table= and cache_seqlens=; to use a "
+                "model that such a batcher has, close() it first"
+            )
             raise InvalidInputError(f"the call of paged|{self.inner.name}", got, wanted)
         rows, _, length, _ = query.shape
         if cu_seq_lens_q is None:
