@@ -221,6 +221,19 @@ def test_a_fork_never_writes_into_a_block_that_others_read(read: bool) -> None:
     cache.check()
 
 
+def test_a_fork_takes_no_tokens_over_that_are_not_there() -> None:
+    """What was told ahead of a sequence follows in it alone: a block of its fork is never found by those tokens."""
+    cache = cache_of()
+    full(cache, "a", [0, 1, 2])
+    cache.extend_tokens("a", [3])
+    cache.fork("a", "b")
+    forward(cache, {"b": 1})
+    assert cache.add("c", [*range(5)]) == 0
+    cache.extend_tokens("b", [7])
+    assert cache.add("d", [0, 1, 2, 7, 8]) == 4
+    assert cache.add("e", [*range(5)]) == 0
+
+
 def test_room_is_counted_for_all_of_them_together() -> None:
     """Of three that share a last block one may keep it; two need a copy, and all need what they grow by."""
     cache = cache_of(num_blocks=5)
@@ -234,6 +247,31 @@ def test_room_is_counted_for_all_of_them_together() -> None:
     assert [cache.room(name) for name in "abc"] == [10, 10, 10]
     cache.reserve("b", 10)
     assert cache.room("a") == 0
+
+
+def test_the_last_holder_of_a_block_has_room_in_it() -> None:
+    """A block that others can find, but nobody else holds, is written into without a copy: no further one is wanted."""
+    cache = cache_of()
+    cache.add("a", [0, 1, 2, 3])
+    forward(cache, {"a": 3})
+    cache.reserve("a", 1)
+    batch = cache.batch({"a": 1})
+    cache.fork("a", "b")
+    cache.commit(batch)
+    cache.release("a")
+    cache.add("all the others")
+    cache.reserve("all the others", cache.room("all the others"))
+    assert (cache.usage.free, cache.room("b")) == (0, 1)
+    assert cache.can_reserve({"b": 1})
+    cache.reserve("b", 1)
+
+
+def test_pages_say_how_far_back_they_reach() -> None:
+    """The pages of a layer carry its window, because what is behind it is gone; those of the others carry none."""
+    cache = cache_of(FULL, WINDOWED)
+    decode, new = cache.decoding(1, 1), torch.zeros(1, 2, 1, 4)
+    assert [page.sliding_window for page in forward_new(cache)] == [None, 5]
+    assert [decode.update(layer, new, new).sliding_window for layer in range(2)] == [None, 5]
 
 
 def test_a_batch_is_built_and_committed_in_a_millisecond() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnreg.paged import LayerSpec, PagedKVCache
+from attnreg.paged import LayerSpec, PagedKVCache, StaleBatchError
 
 LAYERS = [
     LayerSpec(kv_heads=2, head_dim=4),
@@ -79,6 +79,47 @@ def test_a_load_is_committed_as_a_batch_is(cache: PagedKVCache) -> None:
     assert (cache.length("a"), cache.length("b")) == (8, 6)
     assert cache.usage.groups[1].held == 3
     cache.check()
+
+
+@pytest.mark.parametrize("change", ["committed", "released"])
+def test_a_load_is_out_of_date_when_a_sequence_has_changed(cache: PagedKVCache, change: str) -> None:
+    """Passes may follow each other until a commit; then nothing is written before the next load, for nobody's sake."""
+    decode, new = cache.decoding(2, 3), torch.ones(1, 2, 2, 4)
+    decode.load(["a"])
+    for _ in range(3):
+        for layer in range(3):
+            decode.update(layer, new, new)
+    if change == "committed":
+        cache.commit(decode)
+    else:
+        cache.release("a")
+    before = cache.groups[0].layers[0].key.clone()
+    with pytest.raises(
+        StaleBatchError, match=r"'a' changed since .* Build a new one, or load it anew if it is for deco"
+    ):
+        decode.update(0, 5 * new, 5 * new)
+    assert torch.equal(cache.groups[0].layers[0].key, before)
+    decode.load(["b"])
+    decode.update(0, 5 * new, 5 * new)
+
+
+def test_a_change_of_others_leaves_a_load_as_it_is(cache: PagedKVCache) -> None:
+    """Only what happens to the loaded sequences counts."""
+    decode, new = cache.decoding(1, 3), torch.ones(1, 2, 1, 4)
+    decode.load(["a"])
+    cache.release("b")
+    decode.update(0, new, new)
+    cache.commit(decode)
+    assert cache.length("a") == 6
+
+
+def test_what_is_made_for_inference_can_be_loaded_anywhere(cache: PagedKVCache) -> None:
+    """A decode batch that was built in inference mode is loaded and written to outside of it too."""
+    with torch.inference_mode():
+        decode = cache.decoding(1, 3)
+    decode.load(["a"])
+    decode.update(0, *torch.ones(2, 1, 2, 1, 4))
+    assert decode.position_ids.tolist() == [[5]]
 
 
 def test_what_layers_find_out_together_begins_anew_with_each_pass(cache: PagedKVCache) -> None:

@@ -160,6 +160,19 @@ def test_a_batch_is_used_before_its_sequences_change(cache: PagedKVCache, change
     assert torch.equal(cache.groups[0].layers[0].key, before)
 
 
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_batch_of_another_cache_is_not_committed(cache: PagedKVCache, decode: bool) -> None:
+    """Who commits to the wrong cache is told so, and neither cache changes."""
+    other = PagedKVCache([LAYER, LAYER], num_blocks=3, block_size=4)
+    before = copy.deepcopy(books(cache)), copy.deepcopy(books(other))
+    batch = cache.decoding(1, 3) if decode else cache.batch({"a": 1})
+    with pytest.raises(InvalidInputError) as caught:
+        other.commit(batch, {"a": [5]})
+    assert str(caught.value) == ("the batch is of another cache; wanted: one that this cache's batch or decoding made.")
+    assert (books(cache), books(other)) == before
+    cache.commit(batch)
+
+
 NEW = torch.zeros(1, 2, 1, 4)
 UNFIT = {
     "layer": ((2, NEW, NEW), r"layer_idx is 2; wanted: a layer of the cache, 0 to 1\."),

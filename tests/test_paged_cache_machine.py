@@ -134,12 +134,11 @@ class CacheMachine(RuleBasedStateMachine):
         free = self.twin.cache.usage.free
         self.twin.cache.fork(name, copy)
         assert self.twin.cache.usage.free == free
-        told = min(parent.told, len(parent.tokens))
         self.twin.sequences[copy] = Remembered(
             salt=parent.salt,
-            tokens=parent.tokens[: max(told, parent.length)],
+            tokens=parent.tokens[: parent.length],
             length=parent.length,
-            told=told,
+            told=min(parent.told, parent.length),
             reserved=parent.length,
         )
 

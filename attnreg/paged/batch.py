@@ -31,6 +31,7 @@ class PagedBatch:
         position_ids: int64 `(1, tokens)`, on the cache's device: the model's keyword of that name.
         last: int64 `(sequences,)`, where each sequence's last token stands in the row: the rows whose logits are wanted
             (`logits_to_keep` in transformers).
+        everyone: all sequences of the cache that built it.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class PagedBatch:
         self._shared: list[dict[Hashable, Any]] = [{} for _ in metadata.slots]
         self._max_length_q, self._max_length_k = max(self.lengths_q), max(self.lengths_k)
         self._singles = self.lengths_q.count(1)
-        self._everyone, self._seen = sequences, sequences.changes
+        self.everyone, self._seen = sequences, sequences.changes
 
     def update(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor) -> Pages:
         """Write a layer's new keys and values into its blocks, and return the pages of all sequences.
@@ -65,9 +66,9 @@ class PagedBatch:
             InvalidInputError: a layer that the cache does not have, or tensors that do not fit it.
             StaleBatchError: a sequence has changed since the batch was built.
         """
-        if self._seen != self._everyone.changes:
+        if self._seen != self.everyone.changes:
             refuse_stale(self.parts)
-            self._seen = self._everyone.changes
+            self._seen = self.everyone.changes
         group, storage = layer_of(self._layers, layer_idx)
         metadata = self._metadata
         storage.write(metadata.slots[group], key, value)
@@ -82,6 +83,7 @@ class PagedBatch:
             singles=self._singles,
             lengths_q=self.lengths_q,
             lengths_k=self.lengths_k,
+            sliding_window=storage.spec.sliding_window,
             shared=self._shared[group],
         )
 

@@ -156,11 +156,7 @@ class PagedKVCache:
             UnknownSequenceError: it is not in the cache.
         """
         found = self._sequences.get(sequence)
-        rooms = []
-        for group in self.groups:
-            blocks = group.pool.available - bool(group.shared_end(found))
-            rooms.append((found.blocks + blocks) * self.block_size - found.length if blocks >= 0 else 0)
-        return min(rooms)
+        return min(group.room(found) for group in self.groups)
 
     def reserve(self, sequence: Hashable, tokens: int) -> None:
         """Make room for so many more tokens of a sequence, in all groups of layers or in none.
@@ -232,8 +228,11 @@ class PagedKVCache:
 
         Raises:
             StaleBatchError: a sequence has changed since the batch was built; nothing has changed now.
+            InvalidInputError: another cache built the batch; nothing has changed.
             InvalidInputError, UnknownSequenceError: as in `extend_tokens`; nothing has changed.
         """
+        if batch.everyone is not self._sequences:
+            raise InvalidInputError("the batch", "of another cache", "one that this cache's batch or decoding made")
         refuse_stale(batch.parts)
         self._extend(tokens or {})
         for part in batch.parts:
@@ -250,7 +249,8 @@ class PagedKVCache:
         """Say which tokens follow those that are known of a sequence, so that its further blocks can be shared.
 
         They may be behind its length or ahead of it: a generated token is told before its keys are there, or after.
-        With `share_prefixes=False` they are of no use.
+        Those ahead of it have to become the sequence's next ones, and a fork does not take them over. With
+        `share_prefixes=False` tokens are of no use.
 
         Raises:
             InvalidInputError: the sequence was added without tokens, or *tokens* is nothing that `add` would take.
@@ -274,14 +274,15 @@ class PagedKVCache:
         """Begin a sequence that has all that another has.
 
         All blocks are shared, and none is taken. Who writes into the last one first gets a copy of it when it next
-        reserves room, which either has to do before its next batch.
+        reserves room, which either has to do before its next batch. Of the tokens that are known it takes those over
+        that are there, and none that were told ahead of the length: what follows in it is its own, to be told for it.
 
         Raises:
             UnknownSequenceError: *sequence* is not in the cache.
             InvalidInputError: *copy* is.
         """
         parent = self._sequences.get(sequence)
-        tokens = None if parent.tokens is None else parent.tokens.copy()
+        tokens = None if parent.tokens is None else parent.tokens[: parent.length]
         share_all(parent, self._sequences.add(copy, parent.node, tokens), self.groups)
 
     def release(self, sequence: Hashable) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from attnreg.errors import InvalidInputError
 from attnreg.paged.batch import layer_of, parts_of
 from attnreg.paged.metadata import Metadata, on_host
 from attnreg.paged.pages import Pages
-from attnreg.paged.sequences import NULL_ROW
+from attnreg.paged.sequences import NULL_ROW, refuse_stale
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
     from collections.abc import Sequence as Row
-
-    import torch
 
     from attnreg.paged.groups import LayerGroup
     from attnreg.paged.sequences import Part, Sequences
@@ -36,6 +36,7 @@ class DecodeBatch:
         blocks: how many blocks a sequence can have.
         sequences: the names of those that are loaded, in the order of the row.
         position_ids: int64 `(1, rows)`, on the cache's device: the model's keyword of that name.
+        everyone: all sequences of the cache that built it.
     """
 
     def __init__(
@@ -50,10 +51,12 @@ class DecodeBatch:
             if number < 1:
                 raise InvalidInputError(what, str(number), "1 or more")
         self.rows, self.blocks = rows, blocks
-        self._everyone, self._groups, self._layers = sequences, groups, layers
+        self.everyone, self._groups, self._layers = sequences, groups, layers
         device = layers[0][1].key.device
         self._pinned = device.type == "cuda"
-        self._metadata = Metadata.empty(rows, rows, blocks, len(groups), device)
+        # As an inference tensor it could not be loaded into outside of inference mode later.
+        with torch.inference_mode(mode=False):
+            self._metadata = Metadata.empty(rows, rows, blocks, len(groups), device)
         self._shared: list[dict[Hashable, Any]] = [{} for _ in groups]
         self._pages = [self._read(group, storage) for group, storage in layers]
         numbers = [group for group, _ in layers]
@@ -72,6 +75,7 @@ class DecodeBatch:
             max_length_k=self.blocks * storage.key.shape[1],
             singles=self.rows,
             lengths_q=(1,) * self.rows,
+            sliding_window=storage.spec.sliding_window,
             shared=self._shared[group],
         )
 
@@ -87,7 +91,7 @@ class DecodeBatch:
             raise InvalidInputError("the sequences to load", repr(list(sequences)), "each of them once")
         if len(sequences) > self.rows:
             raise InvalidInputError("the sequences to load", f"{len(sequences)} sequences", f"at most {self.rows}")
-        parts = parts_of(self._everyone, self._groups, dict.fromkeys(sequences, 1))
+        parts = parts_of(self.everyone, self._groups, dict.fromkeys(sequences, 1))
         rows = [part.sequence.row for part in parts]
         starts = [part.sequence.length for part in parts]
         size = self._groups[0].block_size
@@ -102,12 +106,13 @@ class DecodeBatch:
             shared.clear()
         self.parts: tuple[Part, ...] = parts
         self.sequences = tuple(part.sequence.name for part in parts)
+        self._seen = self.everyone.changes
 
     def update(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor) -> Pages:
         """Write a layer's new keys and values into its blocks, and return the pages of all rows.
 
-        Whether the sequences are still as they were loaded is not asked here, as a graph that is replayed could not ask
-        either: load before each pass.
+        There can be several passes after one load, until it is committed. A pass that was compiled, or captured in a
+        CUDA graph, cannot ask whether the sequences are still as they were loaded: load before each replay.
 
         Args:
             layer_idx: the layer, counted from 0.
@@ -116,7 +121,12 @@ class DecodeBatch:
 
         Raises:
             InvalidInputError: a layer that the cache does not have, or tensors that do not fit it.
+            StaleBatchError: a sequence has changed since it was loaded.
         """
+        # Compiled in, the number of changes would be a guard that fails with every commit.
+        if not torch.compiler.is_compiling() and self._seen != self.everyone.changes:
+            refuse_stale(self.parts)
+            self._seen = self.everyone.changes
         group, storage = layer_of(self._layers, layer_idx)
         if self._first[layer_idx]:
             self._shared[group].clear()

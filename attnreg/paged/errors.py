@@ -83,7 +83,8 @@ class StaleBatchError(AttnregError):
         names = list(sequences)
         super().__init__(
             f"the batch is out of date: {', '.join(map(repr, names))} changed since it was built (committed, released, "
-            "or given blocks of its own after a fork). Build a new one; a batch is committed once.",
+            "or given blocks of its own after a fork). Build a new one, or load it anew if it is for decoding; a batch "
+            "is committed once.",
             sequences=names,
         )
 

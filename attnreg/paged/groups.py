@@ -67,6 +67,11 @@ class LayerGroup:
             total += min(writers, self.pool.references[block] - 1)
         return total
 
+    def room(self, sequence: Sequence) -> int:
+        """Count the tokens that could be reserved now."""
+        blocks = self.pool.available - self.wanted([(sequence, 0)])
+        return (sequence.blocks + blocks) * self.block_size - sequence.length if blocks >= 0 else 0
+
     def own_end(self, sequence: Sequence) -> bool:
         """Give a sequence a copy of its last block if others hold it too; say whether it did.
 
