@@ -220,16 +220,16 @@ def test_too_long(llama) -> None:
     """A request that there could never be room for is refused when it is submitted, with the numbers."""
     with serve(llama, max_tokens=32) as batcher:
         text = (
-            r"a prompt of 20 tokens and max_new_tokens=13 make 33 tokens, and the cache holds 32 of one request\. "
+            r"a prompt of 20 tokens and max_new_tokens=14 make 34 tokens, and the cache holds 32 of one request\. "
             r"Shorten the prompt, ask for fewer tokens, or build the batcher with a larger max_tokens\."
         )
         with pytest.raises(RequestTooLongError, match=text) as caught:
-            batcher.submit([5] * 20, max_new_tokens=13)
+            batcher.submit([5] * 20, max_new_tokens=14)
         assert (caught.value.prompt, caught.value.longest) == (20, 32)
-        assert len(batcher.generate([[5] * 20], max_new_tokens=12)[0]) == 12
+        assert len(batcher.generate([[5] * 20], max_new_tokens=13)[0]) == 13
     gpt = built("GPT2LMHeadModel")
     with serve(gpt) as batcher, pytest.raises(RequestTooLongError, match="the model's table of positions holds 64"):
-        batcher.submit([5] * 60, max_new_tokens=5)
+        batcher.submit([5] * 60, max_new_tokens=6)
 
 
 @pytest.mark.parametrize(

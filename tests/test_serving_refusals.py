@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import transformers
 from serving_models import HEADS, MIXED, TEXT, built
+from transformers.generation import WatermarkingConfig
 
 import attnreg
+from attnreg import Capabilities, masks
 from attnreg.paged import LayerSpec
 from attnreg.serving import ContinuousBatcher, UnservableModelError
-from attnreg.serving.probe import examine
+from attnreg.serving.probe import examine, first_line
 from attnreg.serving.proof import trial
 from attnreg.serving.sizing import blocks_for, is_native, wants_graphs
 
@@ -29,7 +33,7 @@ REFUSED = {
     "BertLMHeadModel": (TEXT, "its BertSelfAttention looks ahead, so a token changes those before it"),
     "BloomForCausalLM": (
         {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4},
-        "a layer asks for what pages cannot express",
+        "a layer asks for what pages cannot express (transformers: the models of BloomConfig compute attention them",
     ),
 }
 
@@ -53,15 +57,63 @@ def test_models_that_pages_cannot_hold(name: str) -> None:
     assert model.config._attn_implementation == stored
 
 
-def test_generation_configs_that_change_results() -> None:
+ASKED = {
+    "repetition_penalty": (1.1, 1.0),
+    "watermarking_config": (WatermarkingConfig(bias=5.0), None),
+    "max_time": (0.5, None),
+    "token_healing": (True, False),
+    "penalty_alpha": (0.6, 0.0),
+    "dola_layers": ("low", None),
+    "force_words_ids": ([[5]], []),
+    "constraints": ([1], []),
+    "num_return_sequences": (2, 1),
+    "suppress_tokens": (torch.tensor([3, 4]), []),
+}
+
+
+@pytest.mark.parametrize("option", ASKED)
+def test_generation_configs_that_change_results(option: str) -> None:
     """What `generate` would do to the logits and this does not is refused, not left out."""
     model = built("LlamaForCausalLM")
-    model.generation_config.repetition_penalty = 1.1
-    text = r"its generation config says repetition_penalty=1.1, which would be left out here \(set it to 1.0\)"
-    with pytest.raises(UnservableModelError, match=text):
+    value, neutral = ASKED[option]
+    setattr(model.generation_config, option, value)
+    text = f"its generation config says {option}={value!r}, which would be left out here (set it to {neutral})"
+    with pytest.raises(UnservableModelError, match=re.escape(text)):
         ContinuousBatcher(model, max_tokens=32)
-    model.generation_config.repetition_penalty = 1.0
-    ContinuousBatcher(model, max_tokens=32).close()
+
+
+def test_a_generation_config_that_changes_meanwhile() -> None:
+    """What a model is asked for after a batcher was made is refused with the next request, until it is taken back."""
+    model = built("LlamaForCausalLM")
+    with ContinuousBatcher(model, max_tokens=32) as batcher:
+        model.generation_config.repetition_penalty = 5.0
+        with pytest.raises(UnservableModelError, match=r"says repetition_penalty=5\.0, .* Use model\.generate\(\)"):
+            batcher.submit([5], max_new_tokens=2)
+        assert not batcher.busy
+        model.generation_config.repetition_penalty = 1.0
+        model.generation_config.suppress_tokens = []
+        assert len(batcher.generate([[5]], max_new_tokens=2)[0]) == 2
+
+
+def test_the_cause_is_said() -> None:
+    """What refuses a call while the model is tried is quoted, so that one knows what to change."""
+
+    def refuse(*_args, **_keywords):
+        raise attnreg.InvalidInputError("the moon", "full", "none")
+
+    attnreg.AttentionInterface.register(
+        "moody", refuse, mask=masks.sdpa_mask, supports=Capabilities(grouped_query=True)
+    )
+    try:
+        with pytest.raises(
+            UnservableModelError, match=r"paged\|moody refuses a call of it \(the moon is full; wanted: "
+        ):
+            ContinuousBatcher(built("LlamaForCausalLM"), "paged|moody", max_tokens=32)
+    finally:
+        attnreg.default_registry.remove("moody")
+    bullets = attnreg.UnsupportedError("it", [attnreg.Reason("sinks", "sinks", "none", "Leave them out.")])
+    assert "asked" in first_line(bullets)
+    assert "sinks" in first_line(bullets)
 
 
 def test_a_model_that_does_more_than_attend() -> None:

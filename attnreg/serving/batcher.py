@@ -12,10 +12,11 @@ from attnreg.errors import InvalidInputError
 from attnreg.models import get_attn_implementation, set_attn_implementation
 from attnreg.paged.cache import PagedKVCache
 from attnreg.selection import resolve
+from attnreg.serving.configs import generation_problem
 from attnreg.serving.decoding import StaticDecoding
 from attnreg.serving.engine import Engine, closed
-from attnreg.serving.errors import BatcherClosedError, RequestTooLongError
-from attnreg.serving.probe import examine
+from attnreg.serving.errors import BatcherClosedError, RequestTooLongError, UnservableModelError
+from attnreg.serving.probe import REMEDY, examine
 from attnreg.serving.prompts import ends_of, tokens_of
 from attnreg.serving.proof import prove, trial
 from attnreg.serving.request import Request
@@ -147,10 +148,14 @@ class ContinuousBatcher:
         Raises:
             BatcherClosedError: the model has been given back.
             InvalidInputError: no tokens, tokens that the model does not have, or less than one new token.
-            RequestTooLongError: the cache, or the model's table of positions, could never hold it.
+            RequestTooLongError: the cache, or the model's positions, could never hold it. The last token is not fed to
+                the model, so a request may have one more than these hold.
+            UnservableModelError: the model's generation config asks now for what would be left out here.
         """
         if self.closed:
             raise closed()
+        if (problem := generation_problem(self.model)) is not None:
+            raise UnservableModelError(type(self.model).__name__, problem, REMEDY)
         request = Request(
             tokens_of(prompt_ids, self.model.config.get_text_config(decoder=True).vocab_size),
             max_new_tokens=max_new_tokens,
@@ -258,10 +263,15 @@ class ContinuousBatcher:
 
     def _check_length(self, request: Request) -> None:
         prompt, new = len(request.prompt), request.max_new_tokens
-        if (positions := self._anatomy.positions) is not None and prompt + new > positions:
+        fed = prompt + new - 1  # the last token is an answer, and nothing comes after it
+        if (positions := self._anatomy.positions) is not None and fed > positions:
             remedy = "Shorten the prompt or ask for fewer tokens."
             raise RequestTooLongError(prompt, new, positions, what="the model's table of positions", remedy=remedy)
-        if prompt + new > self.cache.longest:
+        if (rotary := self._anatomy.rotary) is not None and fed > rotary[1]:
+            what = f"the model's rotary embedding, whose scaling {rotary[0]!r} goes by the longest request of a batch,"
+            remedy = "Shorten the prompt, ask for fewer tokens, or use model.generate()."
+            raise RequestTooLongError(prompt, new, rotary[1], what=what, remedy=remedy)
+        if fed > self.cache.longest:
             remedy = "Shorten the prompt, ask for fewer tokens, or build the batcher with a larger max_tokens."
             raise RequestTooLongError(prompt, new, self.cache.longest, what="the cache", remedy=remedy)
 

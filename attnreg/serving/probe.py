@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -15,9 +16,11 @@ from attnreg import Backend, Capabilities, Request
 from attnreg.default import default_registry
 from attnreg.errors import AttnregError
 from attnreg.integrations.transformers import bind
+from attnreg.integrations.transformers.bridge import bridge
 from attnreg.masks import causal, sliding_window
 from attnreg.paged import PagedMask, paged_mask
 from attnreg.paged.storage import LayerSpec
+from attnreg.serving.configs import architecture_problem, generation_problem, rotary_length
 from attnreg.serving.errors import UnservableModelError
 from attnreg.vocabulary import FEATURES
 
@@ -26,24 +29,6 @@ if TYPE_CHECKING:
 
 _STORED: Final = "_attn_implementation_internal"
 """Where a configuration of transformers keeps the name; its property of that name checks, and raises half-way."""
-_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
-    "repetition_penalty": (None, 1.0),
-    "no_repeat_ngram_size": (None, 0),
-    "encoder_repetition_penalty": (None, 1.0),
-    "min_length": (None, 0),
-    "min_new_tokens": (None, 0),
-    "bad_words_ids": (None,),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "suppress_tokens": (None, []),
-    "begin_suppress_tokens": (None, []),
-    "sequence_bias": (None, {}),
-    "guidance_scale": (None, 1.0),
-    "exponential_decay_length_penalty": (None,),
-    "stop_strings": (None, []),
-    "num_beams": (None, 1),
-}
-"""What changes greedy results in a generation config, and the values that change nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +42,8 @@ class Anatomy:
         needs: what every layer needs of a backend together.
         flags: whether layers say of themselves what their masks say, so that none has to be made.
         positions: how many positions the model has learned; None if it computes them.
+        rotary: how its rotary embeddings are scaled, if that depends on the length, and up to how many tokens it does
+            not; None if it never does.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -65,6 +52,7 @@ class Anatomy:
     needs: Request
     flags: bool
     positions: int | None
+    rotary: tuple[str, int] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +167,7 @@ def examine(model: Any, tokens: torch.Tensor) -> tuple[Anatomy, torch.Tensor]:
     """
     name = type(model).__name__
     try:
-        _check(model)
+        _check(model, tokens.shape[1])
         recorder = _Recorder()
         with _probed(model):
             expected = _logits(model, tokens, cache=recorder)
@@ -187,12 +175,21 @@ def examine(model: Any, tokens: torch.Tensor) -> tuple[Anatomy, torch.Tensor]:
         own = vars(model.config).get(_STORED) or ""
         return anatomy, expected if own.startswith(_PAGED) else _logits(model, tokens)
     except _Unservable as found:
-        raise UnservableModelError(name, str(found), _REMEDY) from None
+        raise UnservableModelError(name, str(found), REMEDY) from None
     except AttnregError as error:
-        raise UnservableModelError(name, "a layer asks for what pages cannot express", _REMEDY) from error
+        problem = f"a layer asks for what pages cannot express ({first_line(error)})"
+        raise UnservableModelError(name, problem, REMEDY) from error
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        problem = f"it does not run on a packed row without a cache of its own ({type(error).__name__}: {error})"
-        raise UnservableModelError(name, problem, _REMEDY) from error
+        problem = (
+            f"it does not run on a packed row without a cache of its own ({type(error).__name__}: {first_line(error)})"
+        )
+        raise UnservableModelError(name, problem, REMEDY) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, short enough to be said within another: a line, and the next if that is a heading."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".:")
 
 
 @torch.inference_mode()
@@ -204,22 +201,17 @@ def _logits(model: Any, tokens: torch.Tensor, **keywords: Any) -> torch.Tensor:
 
 _PAGED: Final = "attnreg:PAGED|"
 """How the names of backends begin that cannot run without pages, so that there is nothing to compare with."""
-_REMEDY: Final = "Use model.generate(), which keeps the model's own cache."
+REMEDY: Final = "Use model.generate(), which keeps the model's own cache."
 
 
-def _check(model: Any) -> None:
-    config: Any = model.config
-    if config.is_encoder_decoder:
-        raise _Unservable("it is an encoder and a decoder, and what the encoder says is not kept in pages")
-    text = config.get_text_config(decoder=True)
-    if other := set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-        raise _Unservable(f"it has layers of the kind {', '.join(sorted(other))}, which pages cannot hold or mask")
-    generation = getattr(model, "generation_config", None)
-    for option, neutral in _NEUTRAL.items():
-        if (value := getattr(generation, option, None)) not in neutral:
-            raise _Unservable(
-                f"its generation config says {option}={value!r}, which would be left out here (set it to {neutral[-1]})"
-            )
+def _check(model: Any, length: int) -> None:
+    for problem in (architecture_problem(model.config), generation_problem(model)):
+        if problem is not None:
+            raise _Unservable(problem)
+    if (rotary := rotary_length(model.config)) is not None and rotary[1] < length:
+        kind, most = rotary
+        problem = f"its rotary embeddings are scaled by {kind!r}, which goes by the longest request of a row"
+        raise _Unservable(f"{problem} beyond {most} tokens, and {length} are needed to try it")
 
 
 def _anatomy(model: Any, calls: list[_Call]) -> Anatomy:
@@ -244,6 +236,7 @@ def _anatomy(model: Any, calls: list[_Call]) -> Anatomy:
         needs=needs,
         flags=all(call.flags for call in calls),
         positions=_positions(model),
+        rotary=rotary_length(model.config),
     )
 
 
@@ -263,12 +256,24 @@ def _positions(model: Any) -> int | None:
 
 _OFFSET: Final = 2
 """OPT and its kin keep their positions two places further on."""
+_ALONE: Final = RLock()
+"""Held while the probe has a name in transformers, so that nobody's probe takes away another's."""
 
 
 @contextmanager
 def _probed(model: Any) -> Iterator[None]:
-    """Let a model's attention be noted, whatever it runs on."""
-    alias = bind(PROBE)
+    """Let a model's attention be noted, whatever it runs on; the name for it is transformers' only meanwhile."""
+    with _ALONE:
+        alias = bind(PROBE)
+        try:
+            with _on(model, alias):
+                yield
+        finally:
+            bridge.forget(PROBE.name)
+
+
+@contextmanager
+def _on(model: Any, alias: str) -> Iterator[None]:
     configs = {id(each.config): each.config for each in model.modules() if hasattr(each, "config")}
     held = [(config, vars(config)[_STORED]) for config in configs.values() if _STORED in vars(config)]
     try:

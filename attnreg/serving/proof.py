@@ -9,6 +9,7 @@ import torch
 from attnreg.errors import AttnregError
 from attnreg.paged.cache import PagedKVCache
 from attnreg.serving.errors import UnservableModelError
+from attnreg.serving.probe import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -55,7 +56,7 @@ def prove(forward: Forward, backend: Backend, anatomy: Anatomy, block_size: int,
     try:
         found = _in_pieces(forward, cache, row)
     except AttnregError as error:
-        problem = f"{backend.name} refuses a call of it"
+        problem = f"{backend.name} refuses a call of it ({first_line(error)})"
         raise UnservableModelError(name, problem, f"{remedy} {backend.name}.") from error
     off = max(_off(each, expected) for each in found)
     tolerance = max(_TOLERANCE.get(anatomy.dtype, 0.1), _LOSSY if backend.supports.lossy else 0.0)
