@@ -53,7 +53,9 @@ class Engine:
         self.live: dict[Request, Sequence | None] = {}
         self._inbox: deque[Request] = deque()
         self._cancelled: deque[Request] = deque()
-        self._flying: Launch | None = None
+        self._flying: deque[Launch] = deque()
+        self._arrived: deque[tuple[Sequence, int]] = deque()
+        self._events: list[Event] = []
         self.closed = False
         self._queue = Lock()
         self._hits = 0
@@ -90,21 +92,28 @@ class Engine:
             give_back()
 
     def _end_all(self) -> None:
-        self._flying = self.static = None  # graphs hold memory of their own
+        self.static = None  # graphs hold memory of their own
+        self._flying.clear()
+        self._arrived.clear()
         self._cancelled.extend(self.live)
         self._drop_cancelled()
 
     def step(self, check: Callable[[], None]) -> list[Event]:
-        """Run one step, unless *check* raises, and return the tokens that came in."""
+        """Run one step, unless *check* raises, and return the tokens that came in.
+
+        An interrupt that passes through, from a callback or the model, loses nothing: what was computed by then is
+        handed out by the next call.
+        """
         with self._turns.take():
             if self.closed:
                 raise closed()
             check()
             since = perf_counter()
             self._take_in()
-            events = self._advance()
+            self._advance()
             self._drop_cancelled()
             self.meter.time(since)
+            events, self._events = self._events, []
         self._clear()
         return events
 
@@ -150,37 +159,41 @@ class Engine:
             self._hits += sequence.hits
             self.scheduler.finish(sequence)
 
-    def _advance(self) -> list[Event]:
+    def _advance(self) -> None:
+        self._land(under_way=int(self.overlap))  # what an interrupt left behind
         step = self.scheduler.plan()
         if step is None:
-            return self._land()
+            self._land()
+            return
         try:
-            launch = self._launch(step)
+            self._launch(step)
         except Exception as error:  # noqa: BLE001 - the model is anybody's, and one request's trouble is not the others'
-            return self._land() + self._one_by_one(step, error)
-        if not self.overlap:
-            return self._receive(launch)
-        events = self._land()
-        self._flying = launch
-        return events
+            self._land()
+            self._one_by_one(step, error)
+        else:
+            self._land(under_way=int(self.overlap))
 
-    def _launch(self, step: Step) -> Launch:
+    def _launch(self, step: Step) -> None:
         launch = self.static.launch(step) if self.static is not None and self.static.takes(step) else None
         self.meter.replayed += launch is not None
         if launch is None:
             launch = self.runner.launch(step)
         self.meter.step(step, len(launch.sequences), self.cache.usage.held)
         self.scheduler.commit(step)
-        return launch
+        self._flying.append(launch)
 
-    def _land(self) -> list[Event]:
-        """Hand out the tokens of the step that is under way."""
-        launch, self._flying = self._flying, None
-        return [] if launch is None else self._receive(launch)
+    def _land(self, *, under_way: int = 0) -> None:
+        """Hand out the tokens of the steps that were launched, but for so many, the last ones."""
+        self._hand_out()
+        while len(self._flying) > under_way:
+            launch = self._flying[0]
+            tokens = launch.read()
+            self._flying.popleft()
+            self._arrived.extend(zip(launch.sequences, tokens, strict=True))
+            self._hand_out()
 
-    def _one_by_one(self, step: Step, error: Exception) -> list[Event]:
+    def _one_by_one(self, step: Step, error: Exception) -> None:
         """Try the sequences of a failed step again, each alone; what fails then ends with its error."""
-        events: list[Event] = []
         alone = len(step.sequences) == 1
         for sequence, tokens in zip(step.sequences, step.lengths, strict=True):
             request = sequence.request
@@ -190,41 +203,45 @@ class Engine:
             try:
                 if alone:
                     raise error  # noqa: TRY301 - it has failed alone already
-                events += self._receive(self._launch(single))
+                self._launch(single)
+                self._land()
             except Exception as its_own:  # noqa: BLE001 - as above
                 self._fail(request, "the model", its_own)
-        return events
 
     def _fail(self, request: Request, where: str, error: Exception) -> None:
+        if request.done:  # closed or cancelled by the callback that raises
+            return
         self.meter.failed += 1
         self._drop(request)
         request.finish("error", RequestFailedError(where, len(request.tokens), error))
 
-    def _receive(self, launch: Launch) -> list[Event]:
-        """Hand out a step's tokens; those of requests that have ended meanwhile are thrown away."""
-        events: list[Event] = []
-        for sequence, token in zip(launch.sequences, launch.read(), strict=True):
+    def _hand_out(self) -> None:
+        """Hand out the tokens that have arrived; those of requests that have ended meanwhile are thrown away."""
+        while self._arrived:
+            sequence, token = self._arrived[0]
             request = sequence.request
-            if request.done:
-                continue
-            self.scheduler.receive(sequence, token)
-            request.tokens.append(token)
-            events.append((request, token))
-            self._told(request, token)
-        return events
+            if not request.done:
+                self.scheduler.receive(sequence, token)
+                request.tokens.append(token)
+                self._events.append((request, token))
+            self._arrived.popleft()  # before the callback, so that one that interrupts is not called again
+            if not request.done:
+                self._told(request, token)
 
     def _told(self, request: Request, token: int) -> None:
-        if request.on_token is not None:
-            try:
+        try:
+            if request.on_token is not None:
                 request.on_token(request, token)
-            except Exception as error:  # noqa: BLE001 - a callback's trouble is its request's
-                self._fail(request, "on_token", error)
-                return
+        except Exception as error:  # noqa: BLE001 - a callback's trouble is its request's
+            self._fail(request, "on_token", error)
+        finally:  # an interrupt comes through, and its request ends all the same if it has all tokens
             self._drop_cancelled()
-        if request.done:
-            return
+            self._end(request, token)
+
+    def _end(self, request: Request, token: int) -> None:
+        """End a request whose last token this is."""
         ended = token in request.eos_token_ids
-        if ended or len(request.tokens) >= request.max_new_tokens:
+        if not request.done and (ended or len(request.tokens) >= request.max_new_tokens):
             self.meter.finished += 1
             self._drop(request)
             request.finish("eos" if ended else "length")
