@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Literal
 
 from attnreg.errors import InvalidInputError
 from attnreg.serving.errors import RequestPendingError
+from attnreg.serving.numbers import whole
+from attnreg.serving.sampling import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from attnreg.serving.errors import ServingError
-    from attnreg.serving.sampling import Sampling
 
 FinishReason = Literal["eos", "length", "cancelled", "error"]
 
@@ -42,11 +43,15 @@ class Request:
         on_token: Callable[[Request, int], object] | None = None,
         owner: object = None,
     ) -> None:
-        if max_new_tokens < 1:
-            raise InvalidInputError("max_new_tokens", str(max_new_tokens), "1 or more")
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise InvalidInputError("sampling", repr(sampling), "an attnreg.serving.Sampling, or None for greedy")
+        if on_token is not None and not callable(on_token):
+            raise InvalidInputError("on_token", repr(on_token), "a function of the request and the token, or None")
         self.prompt = tuple(prompt)
+        if not self.prompt:
+            raise InvalidInputError("prompt", "empty", "one token or more, such as the model's bos_token_id")
         self.tokens: list[int] = []
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
         self.eos_token_ids = eos_token_ids
         self.sampling = sampling
         self.on_token = on_token

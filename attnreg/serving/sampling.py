@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from sys import float_info
 from typing import TYPE_CHECKING
 
 import torch
 
-from attnreg.errors import InvalidInputError
+from attnreg.serving.numbers import real, whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,15 +40,16 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            wanted = "a finite number above 0; greedy is sampling=None"
-            raise InvalidInputError("temperature", repr(self.temperature), wanted)
-        if self.top_k is not None and self.top_k < 1:
-            raise InvalidInputError("top_k", repr(self.top_k), "1 or more, or None")
-        if not 0 < self.top_p <= 1:
-            raise InvalidInputError("top_p", repr(self.top_p), "a probability above 0 and up to 1")
-        if not 0 <= self.seed < _PLACES // 2:
-            raise InvalidInputError("seed", repr(self.seed), f"0 or more, below {_PLACES // 2}")
+        wanted = "a finite number above 0; greedy is sampling=None"
+        given: dict[str, float | int] = {
+            "temperature": real("temperature", self.temperature, most=float_info.max, wanted=wanted),
+            "top_p": real("top_p", self.top_p, most=1.0, wanted="a probability above 0 and up to 1"),
+            "seed": whole("seed", self.seed, 0, most=_PLACES // 2 - 1, wanted=f"0 or more, below {_PLACES // 2}"),
+        }
+        if self.top_k is not None:
+            given["top_k"] = whole("top_k", self.top_k, 1, wanted="1 or more, or None")
+        for name, number in given.items():
+            object.__setattr__(self, name, number)
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:
