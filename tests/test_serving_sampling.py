@@ -55,6 +55,24 @@ def test_draws_depend_on_seed_and_place() -> None:
     assert tokens.unique().numel() > 20
 
 
+@pytest.mark.parametrize(
+    ("way", "kept"),
+    [
+        ({"temperature": 1e-40}, [3]),
+        ({"temperature": 5e-324}, [3]),
+        ({"top_p": 1e-50}, [3]),
+        ({"temperature": 1e300}, [0, 1, 2, 3]),
+        ({"temperature": 1e-40, "top_k": 2, "top_p": 1e-50}, [3]),
+    ],
+)
+def test_extremes(way: dict, kept: list[int]) -> None:
+    """Numbers that float32 does not have leave the likeliest token, or all that are possible, and never token 0."""
+    logits = torch.tensor([-1.0, 3.0, 2.0, 30.0, float("-inf")]).expand(200, -1)
+    tokens = torch.zeros(200, dtype=torch.int64)
+    draw(logits, {row: (Sampling(**way), row) for row in range(200)}, tokens)
+    assert tokens.unique().tolist() == kept
+
+
 def test_neighbouring_seeds_draw_otherwise() -> None:
     """Each seed, and each place, has draws of its own, though generators of the CPU do not read all bits of a seed."""
     logits, drawn = torch.zeros(1, 10**6), set()

@@ -67,8 +67,12 @@ def draw(logits: torch.Tensor, drawn: Mapping[int, tuple[Sampling, int]], tokens
     """
     rows = torch.tensor(list(drawn), device=logits.device)
     ways = [way for way, _ in drawn.values()]
-    temperatures = torch.tensor([way.temperature for way in ways], device=logits.device)
-    scores = logits.index_select(0, rows).float() / temperatures[:, None]
+    # Beyond these bounds draws would not differ, but float32 has no such numbers.
+    bounds = torch.finfo(torch.float32)
+    temperatures = [min(max(way.temperature, bounds.tiny), bounds.max) for way in ways]
+    scores = logits.index_select(0, rows).float()
+    # Below the largest, so that the largest stays finite however small the temperature is.
+    scores = (scores - scores.amax(-1, keepdim=True)) / torch.tensor(temperatures, device=logits.device)[:, None]
     if any(way.top_k is not None or way.top_p < 1 for way in ways):
         scores = _likeliest(scores, ways)
     noise = torch.stack([_noise(scores[row], way.seed, place) for row, (way, place) in enumerate(drawn.values())])
@@ -86,7 +90,8 @@ def _likeliest(scores: torch.Tensor, ways: list[Sampling]) -> torch.Tensor:
     chances = ordered.softmax(-1)
     before = chances.cumsum(-1) - chances
     share = torch.tensor([way.top_p for way in ways], device=scores.device)
-    hidden = (before >= share[:, None]) & (share < 1)[:, None]
+    # The likeliest stays even if the share is nothing in float32.
+    hidden = (before >= share[:, None]) & (share < 1)[:, None] & (ranks > 0)
     return torch.empty_like(scores).scatter_(-1, order, ordered.masked_fill(hidden, float("-inf")))
 
 
