@@ -93,6 +93,9 @@ class Twin:
             pages = batch.update(layer, key, (-2 * key).expand(-1, -1, -1, LAYERS[layer].value_head_dim or 1))
             for row, (name, (start, stop)) in enumerate(parts.items()):
                 assert pages.cache_seqlens[row] == stop
+                whole = pages.block_table[row, : -(-stop // BLOCK)].long()
+                assert pages.key[whole].isfinite().all()
+                assert pages.value[whole].isfinite().all()
                 self.compare(layer, self.sequences[name], pages.block_table[row], start, stop)
 
     def compare(self, layer: int, sequence: Remembered, table: torch.Tensor, start: int, stop: int) -> None:
@@ -104,6 +107,13 @@ class Twin:
         expected = self.content(sequence, layer, seen, stop)
         assert torch.equal(storage.key[slot][:, 0, 0], expected)
         assert torch.equal(storage.value[slot][:, 0], -2 * expected[:, None].expand(-1, storage.value.shape[-1]))
+
+    def poison(self) -> None:
+        """Leave NaN in all blocks that hold nothing any more, as a model that overflows might."""
+        for group in self.cache.groups:
+            for layer in group.layers:
+                layer.key[group.pool.free] = torch.nan
+                layer.value[group.pool.free] = torch.nan
 
     def see(self) -> None:
         """See that the books agree, that all that can be seen reads back, and that nothing more is kept."""

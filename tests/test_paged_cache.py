@@ -234,6 +234,56 @@ def test_a_fork_takes_no_tokens_over_that_are_not_there() -> None:
     assert cache.add("e", [*range(5)]) == 0
 
 
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("tokens", [None, [*range(8)]])
+@pytest.mark.parametrize("value_head_dim", [4, 3])
+def test_what_another_left_is_not_behind_a_sequence(value_head_dim: int, tokens: list | None, decode: bool) -> None:
+    """Kernels load whole blocks: what is behind a length is zeros, in blocks that were free and that were cached."""
+    spec = LayerSpec(kv_heads=2, head_dim=4, value_head_dim=value_head_dim)
+    cache = cache_of(spec, spec, num_blocks=2)
+    cache.add("bad", tokens)
+    cache.reserve("bad", 8)
+    cache.commit(cache.batch({"bad": 8}))
+    leave_nan(cache)
+    cache.release("bad")
+    cache.add("a")
+    cache.reserve("a", 1)
+    batch = cache.decoding(1, 1) if decode else cache.batch({"a": 1})
+    if decode:
+        batch.load(["a"])
+    for layer in range(2):
+        pages = batch.update(layer, torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, value_head_dim))
+        block = pages.block_table[0, 0]
+        assert pages.key[block, :, 0, 0].tolist() == pages.value[block, :, 1, 2].tolist() == [1, 0, 0, 0]
+
+
+def leave_nan(cache: PagedKVCache) -> None:
+    """Let all layers hold NaN everywhere."""
+    for group in cache.groups:
+        for layer in group.layers:
+            layer.key.fill_(torch.nan)
+            layer.value.fill_(torch.nan)
+
+
+def test_zeros_take_nothing_away_that_is_there() -> None:
+    """What a batch has written stays when another is built, and so does the copy that a fork gets in a used block."""
+    cache = cache_of(num_blocks=2)
+    cache.add("bad")
+    cache.reserve("bad", 8)
+    leave_nan(cache)
+    cache.release("bad")
+    cache.add("a")
+    cache.reserve("a", 3)
+    batch, new = cache.batch({"a": 3}), torch.ones(1, 2, 3, 4)
+    batch.update(0, new, new)
+    cache.batch({"a": 1})
+    cache.commit(batch)
+    cache.fork("a", "b")
+    cache.reserve("b", 1)
+    pages = cache.batch({"b": 1}).update(0, 2 * new[:, :, :1], new[:, :, :1])
+    assert pages.key[pages.block_table[0, 0], :, 0, 0].tolist() == [1, 1, 1, 2]
+
+
 def test_room_is_counted_for_all_of_them_together() -> None:
     """Of three that share a last block one may keep it; two need a copy, and all need what they grow by."""
     cache = cache_of(num_blocks=5)

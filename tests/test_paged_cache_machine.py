@@ -147,6 +147,7 @@ class CacheMachine(RuleBasedStateMachine):
     def release(self, data):
         name = self.some(data)
         self.twin.cache.release(name)
+        self.twin.poison()
         del self.twin.sequences[name]
 
     @precondition(lambda self: self.twin.sequences)

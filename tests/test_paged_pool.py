@@ -18,6 +18,7 @@ def test_blocks_are_given_out_from_one_on_and_reused() -> None:
     assert [pool.take(), pool.take()] == [1, 2]
     pool.drop(1)
     assert (pool.take(), pool.take(), pool.available) == (1, 3, 0)
+    assert pool.used == {1}
 
 
 def test_a_block_is_free_when_its_last_holder_leaves() -> None:

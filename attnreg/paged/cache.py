@@ -39,6 +39,10 @@ class PagedKVCache:
     part in a forward pass (`batch`), and has grown once the pass is committed. Whatever is refused changes nothing, and
     an abandoned batch needs no cleaning up. Nothing here waits for the device. A cache is for one thread at a time.
 
+    Kernels load whole blocks, and multiply what is behind a sequence's length by zero. So a block that is given out
+    again is zeros, for all layers of its group, before the next batch: what a sequence that is gone left there, NaN
+    perhaps, reaches nobody.
+
     Args:
         layers: one spec for each layer of the model, in order.
         num_blocks: usable blocks of each group of layers, or for each sliding window (None among them) its own number.
@@ -201,6 +205,8 @@ class PagedKVCache:
         counts = [part.tokens for part in parts]
         if 1 in counts[counts.count(1) :]:
             raise InvalidInputError("the batch's order", f"{counts} tokens", "sequences of a single token first")
+        for group in self.groups:
+            group.clear()
         rows = [part.sequence.row for part in parts]
         starts = [part.sequence.length for part in parts]
         width = max(-(-(start + count) // self.block_size) for start, count in zip(starts, counts, strict=True))

@@ -98,6 +98,8 @@ class DecodeBatch:
         if starts and max(starts) >= self.blocks * size:
             wanted = f"at most {self.blocks} blocks of {size}, the next token included; or decode with more blocks"
             raise InvalidInputError("the longest sequence to load", f"{max(starts)} tokens", wanted)
+        for group in self._groups:
+            group.clear()
         padding = self.rows - len(parts)
         rows, starts, counts = rows + [NULL_ROW] * padding, starts + [0] * padding, [1] * self.rows
         host = on_host(self._groups, size, self.blocks, rows, starts, counts, pinned=self._pinned)

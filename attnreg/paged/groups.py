@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import torch
+
 from attnreg.paged.pool import BlockPool
 from attnreg.paged.tables import BlockTables
 
@@ -84,6 +86,7 @@ class LayerGroup:
         new = self.pool.take()
         for layer in self.layers:
             layer.copy_block(old, new)
+        self.pool.used.discard(new)
         self.tables.put(sequence.row, sequence.length // self.block_size, new)
         self.pool.drop(old)
         return True
@@ -93,6 +96,22 @@ class LayerGroup:
         self.tables.fit(sequence.row, blocks)
         for place in range(sequence.blocks, blocks):
             self.tables.put(sequence.row, place, self.pool.take())
+
+    def clear(self) -> None:
+        """Zero the blocks that were given out again since, all at once, without waiting for the device.
+
+        Kernels that load whole blocks multiply what is behind a sequence's length by zero: a NaN that a sequence that
+        is gone left there would be everybody's.
+        """
+        used = self.pool.used
+        if not used:
+            return
+        device = self.layers[0].key.device
+        host = torch.tensor(list(used), pin_memory=device.type == "cuda")
+        blocks = host.to(device, non_blocking=True)
+        for layer in self.layers:
+            layer.clear(blocks)
+        used.clear()
 
     def hold(self, row: int, start: int, blocks: Row[int]) -> None:
         """Put blocks of others into a row too, from the entry *start* on."""

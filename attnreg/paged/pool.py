@@ -24,9 +24,10 @@ class BlockPool:
         cached: blocks that nobody holds and whose tokens are known, the one released longest ago first.
         fresh: the first block that was never given out; so are all behind it.
         shared: how many blocks are held more than once.
+        used: blocks that were given out again, and still hold what somebody left there.
     """
 
-    __slots__ = ("cached", "free", "fresh", "group", "nodes", "num_blocks", "references", "shared")
+    __slots__ = ("cached", "free", "fresh", "group", "nodes", "num_blocks", "references", "shared", "used")
 
     def __init__(self, num_blocks: int, group: int) -> None:
         self.num_blocks = num_blocks
@@ -37,6 +38,7 @@ class BlockPool:
         self.cached: OrderedDict[int, None] = OrderedDict()
         self.fresh = 1
         self.shared = 0
+        self.used: set[int] = set()
 
     @property
     def unused(self) -> int:
@@ -50,15 +52,18 @@ class BlockPool:
 
     def take(self) -> int:
         """Give out a block, for one sequence. There has to be one: see `available`."""
-        if self.free:
-            block = self.free.pop()
-        elif self.fresh <= self.num_blocks:
+        if not self.free and self.fresh <= self.num_blocks:
             block = self.fresh
             self.fresh += 1
         else:
-            block, _ = self.cached.popitem(last=False)
-            self.unknow(block)
+            block = self.free.pop() if self.free else self._evict()
+            self.used.add(block)
         self.references[block] = 1
+        return block
+
+    def _evict(self) -> int:
+        block, _ = self.cached.popitem(last=False)
+        self.unknow(block)
         return block
 
     def hold(self, block: int) -> None:

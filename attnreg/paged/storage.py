@@ -65,9 +65,11 @@ class LayerStorage:
             if value_dim == spec.head_dim:
                 both = torch.zeros((2, *shape, spec.head_dim), dtype=dtype, device=device)
                 self.key, self.value = both[0], both[1]
+                self._blocks: tuple[torch.Tensor, ...] = (both.transpose(0, 1),)
             else:
                 self.key = torch.zeros((*shape, spec.head_dim), dtype=dtype, device=device)
                 self.value = torch.zeros((*shape, value_dim), dtype=dtype, device=device)
+                self._blocks = (self.key, self.value)
             self._keys, self._values = self.key.flatten(0, 1), self.value.flatten(0, 1)
         self.spec = spec
         self.wanted = {"key": (1, spec.kv_heads, -1, spec.head_dim), "value": (1, spec.kv_heads, -1, value_dim)}
@@ -97,6 +99,11 @@ class LayerStorage:
                 "part of a graph for gradients",
                 "torch.no_grad() around the model",
             )
+
+    def clear(self, blocks: torch.Tensor) -> None:
+        """Make blocks, int64 `(count,)` on the device, zeros."""
+        for tensor in self._blocks:
+            tensor.index_fill_(0, blocks, 0)
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy one block's keys and values, in the order of the device's stream."""
