@@ -21,6 +21,7 @@ from attnreg.serving.errors import (
     RequestPendingError,
     RequestTooLongError,
     ServingError,
+    StalledError,
     UnservableModelError,
 )
 from attnreg.serving.report import Report
@@ -38,5 +39,6 @@ __all__ = [
     "RequestTooLongError",
     "Sampling",
     "ServingError",
+    "StalledError",
     "UnservableModelError",
 ]

@@ -7,7 +7,7 @@ from threading import Lock
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from attnreg.serving.errors import BatcherClosedError, RequestCancelledError, RequestFailedError
+from attnreg.serving.errors import BatcherClosedError, RequestCancelledError, RequestFailedError, StalledError
 from attnreg.serving.report import Meter, Report
 from attnreg.serving.scheduler import Step
 from attnreg.serving.turns import Turns
@@ -70,6 +70,7 @@ class Engine:
         with self._queue:
             if self.closed:
                 raise closed()
+            request.turns = self._turns
             self.meter.requests += 1
             self.live[request] = None
             self._inbox.append(request)
@@ -101,6 +102,9 @@ class Engine:
     def step(self, check: Callable[[], None]) -> list[Event]:
         """Run one step, unless *check* raises, and return the tokens that came in.
 
+        Raises:
+            StalledError: there are requests, and nothing can be computed.
+
         An interrupt that passes through, from a callback or the model, loses nothing: what was computed by then is
         handed out by the next call.
         """
@@ -120,9 +124,10 @@ class Engine:
     def report(self) -> Report:
         """Return the numbers so far."""
         usage = self.cache.usage
+        running = len(self.scheduler.running)
         return self.meter.report(
-            waiting=len(self.scheduler.waiting) + len(self._inbox),
-            running=len(self.scheduler.running),
+            waiting=max(0, len(self.live) - running),
+            running=running,
             prefix_hits=self._hits + sum(each.hits for each in list(self.live.values()) if each is not None),
             preemptions=self.scheduler.preemptions,
             max_requests=self.scheduler.max_requests,
@@ -163,7 +168,7 @@ class Engine:
         self._land(under_way=int(self.overlap))  # what an interrupt left behind
         step = self.scheduler.plan()
         if step is None:
-            self._land()
+            self._land_or_stop()
             return
         try:
             self._launch(step)
@@ -178,7 +183,7 @@ class Engine:
         self.meter.replayed += launch is not None
         if launch is None:
             launch = self.runner.launch(step)
-        self.meter.step(step, len(launch.sequences), self.cache.usage.held)
+        self.meter.step(step, self.cache.usage.held)
         self.scheduler.commit(step)
         self._flying.append(launch)
 
@@ -191,6 +196,14 @@ class Engine:
             self._flying.popleft()
             self._arrived.extend(zip(launch.sequences, tokens, strict=True))
             self._hand_out()
+
+    def _land_or_stop(self) -> None:
+        """Hand out what is under way; if nothing is and requests wait all the same, they would do so for ever."""
+        waiting, running = len(self.scheduler.waiting), len(self.scheduler.running)
+        if (waiting or running) and not (self._flying or self._events):
+            usage = self.cache.usage
+            raise StalledError(waiting, running, usage.free + usage.cached, usage.num_blocks)
+        self._land()
 
     def _one_by_one(self, step: Step, error: Exception) -> None:
         """Try the sequences of a failed step again, each alone; what fails then ends with its error."""
@@ -223,6 +236,7 @@ class Engine:
             if not request.done:
                 self.scheduler.receive(sequence, token)
                 request.tokens.append(token)
+                self.meter.decode_tokens += 1
                 self._events.append((request, token))
             self._arrived.popleft()  # before the callback, so that one that interrupts is not called again
             if not request.done:

@@ -6,6 +6,7 @@ ServingError (AttnregError)
 ├── RequestPendingError            a result is asked for that is not there yet
 ├── RequestCancelledError          a result is asked for that somebody has cancelled
 ├── RequestFailedError             a request that ended with an exception; `__cause__` is that exception
+├── StalledError                   there are requests, and there is room for none of them
 └── BatcherClosedError             a batcher is used that has given its model back, or whose model was changed
 """
 
@@ -77,6 +78,21 @@ class RequestFailedError(ServingError):
             tokens=tokens,
         )
         self.__cause__ = cause
+
+
+class StalledError(ServingError):
+    """Requests that would wait for ever: none can go on, and none will give its room back."""
+
+    def __init__(self, waiting: int, running: int, free: int, num_blocks: int) -> None:
+        super().__init__(
+            f"nothing can be computed: {waiting} requests wait and {running} run, none has room for its next token, "
+            f"and {free} of the cache's {num_blocks} blocks are free. The others are held by sequences that no request "
+            "has: release them in `cache.sequences`, cancel requests, or build the batcher with a larger max_tokens.",
+            waiting=waiting,
+            running=running,
+            free=free,
+            num_blocks=num_blocks,
+        )
 
 
 class BatcherClosedError(ServingError):

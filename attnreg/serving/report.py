@@ -29,7 +29,7 @@ class Report:
         replayed: … of which with static tensors, as graphs on CUDA.
         seconds: spent in steps, the time between them left out.
         prefill_tokens: tokens of prompts that were computed, those computed again after a preemption included.
-        decode_tokens: tokens that were generated.
+        decode_tokens: tokens that were generated and handed out.
         prefix_hits: tokens of prompts that were in the cache already.
         preemptions: how often a request was set back because blocks ran out.
         mean_sequences: sequences of a step, on average.
@@ -95,13 +95,12 @@ class Meter:
     peak_blocks: int = 0
     times: deque[float] = field(default_factory=lambda: deque(maxlen=_TIMES))
 
-    def step(self, step: Step, ends: int, blocks: int) -> None:
-        """Count a forward pass, of which `ends` sequences get a token, with so many blocks in use."""
+    def step(self, step: Step, blocks: int) -> None:
+        """Count a forward pass, with so many blocks in use."""
         self.steps += 1
         self.tokens += step.tokens
         self.sequences += len(step.sequences)
         self.prefill_tokens += step.tokens - sum(each.computed >= len(each.request.prompt) for each in step.sequences)
-        self.decode_tokens += ends
         self.peak_blocks = max(self.peak_blocks, blocks)
 
     def time(self, since: float) -> None:

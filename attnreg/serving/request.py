@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from attnreg.serving.errors import ServingError
+    from attnreg.serving.turns import Turns
 
 FinishReason = Literal["eos", "length", "cancelled", "error"]
 
@@ -29,6 +30,7 @@ class Request:
         sampling: how tokens are chosen; None is greedy.
         on_token: called with the request and each new token, in the thread that runs the batcher.
         owner: its batcher.
+        turns: who runs the batcher; None until it is queued.
         finish_reason: `"eos"`, `"length"`, `"cancelled"` or `"error"`; None until it is done.
         error: why it has no result, as `result` raises it; None if nothing went wrong.
     """
@@ -58,6 +60,7 @@ class Request:
         self.owner = owner
         self.finish_reason: FinishReason | None = None
         self.error: ServingError | None = None
+        self.turns: Turns | None = None
         self._event = Event()
 
     @property
@@ -84,7 +87,12 @@ class Request:
 
         Args:
             timeout: seconds; None waits for ever.
+
+        Raises:
+            ServingError: without a timeout, in a callback of its own batcher, which waits for the callback.
         """
+        if timeout is None and not self.done and self.turns is not None:
+            self.turns.refuse_mine("wait for")
         return self._event.wait(timeout)
 
     def finish(self, reason: FinishReason, error: ServingError | None = None) -> None:

@@ -24,6 +24,16 @@ class Turns:
         """Whether this thread has the turn."""
         return self._holder == get_ident()
 
+    def refuse_mine(self, what: str) -> None:
+        """Refuse what would have this thread wait for itself.
+
+        Raises:
+            ServingError: this thread has the turn: it is in a callback of the batcher.
+        """
+        if self.mine:
+            problem = f"a callback cannot {what} the batcher that is calling it"
+            raise ServingError(f"{problem}. Submit and cancel from it, and return.")
+
     @contextmanager
     def take(self) -> Iterator[None]:
         """Wait for the turn of this thread.
@@ -31,9 +41,7 @@ class Turns:
         Raises:
             ServingError: this thread has it already: a callback goes on with the batcher that calls it.
         """
-        if self.mine:
-            problem = "a callback cannot run the batcher that is calling it. Submit and cancel from it, and return"
-            raise ServingError(f"{problem}.")
+        self.refuse_mine("run")
         with self._lock:
             self._holder = get_ident()
             try:
