@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
-from weakref import WeakSet
 
 import torch
 
 from attnreg.errors import InvalidInputError
+from attnreg.integrations.transformers.holding import holding
 from attnreg.models import get_attn_implementation, set_attn_implementation
 from attnreg.paged.cache import PagedKVCache
 from attnreg.selection import resolve
+from attnreg.serving.asked import batch_tokens_of, check_model, check_name
 from attnreg.serving.configs import generation_problem
 from attnreg.serving.decoding import StaticDecoding
 from attnreg.serving.engine import Engine, closed
 from attnreg.serving.errors import BatcherClosedError, RequestTooLongError, UnservableModelError
+from attnreg.serving.numbers import whole
 from attnreg.serving.probe import REMEDY, examine
 from attnreg.serving.prompts import ends_of, tokens_of
 from attnreg.serving.proof import prove, trial
 from attnreg.serving.request import Request
 from attnreg.serving.scheduler import Scheduler
-from attnreg.serving.sizing import block_size_of, blocks_for, most_tokens, wants_graphs
+from attnreg.serving.sizing import block_size_of, blocks_for, wants_graphs
 from attnreg.serving.steps import Forward, Runner
 
 if TYPE_CHECKING:
@@ -30,9 +32,6 @@ if TYPE_CHECKING:
 
     from attnreg.serving.report import Report
     from attnreg.serving.sampling import Sampling
-
-_served: WeakSet[Any] = WeakSet()
-"""Models that a batcher has."""
 
 
 class ContinuousBatcher:
@@ -43,7 +42,8 @@ class ContinuousBatcher:
     `generate(do_sample=False)` of each prompt alone.
 
     It is for tests, research and a single machine. While it has the model, the model runs on pages and on nothing else;
-    `close`, or the end of a `with` block, gives it back as it was.
+    `close`, or the end of a `with` block, gives it back as it was. Models that share a configuration are put on pages
+    together, so none of them may be served or generate meanwhile.
 
     Args:
         model: in evaluation mode.
@@ -54,13 +54,14 @@ class ContinuousBatcher:
         max_batch_tokens: most tokens of one forward pass; at least `max_requests`. None is 8192 on CUDA and 2048
             elsewhere, or `max_requests` if that is more.
         max_requests: most requests that are computed at once; others wait.
-        share_prefixes: requests that begin with the same tokens share blocks of the cache.
+        share_prefixes: requests that begin with the same tokens share blocks of the cache. What is there was computed
+            with the weights of its time: after changing them, make a new batcher.
         overlap: launch a step before the tokens of the last one are read; None does so on CUDA.
         cuda_graphs: replay a CUDA graph in steps in which all requests decode; None does so on CUDA where the backend's
             kernel reads the pages itself. True on the CPU uses the same static tensors, without a graph.
 
     Raises:
-        InvalidInputError: a model in training mode or with another batcher, or numbers that mean nothing.
+        InvalidInputError: a model in training mode, compiled, or that somebody else has, or numbers that mean nothing.
         UnservableModelError: the model cannot be run over pages, or computes something else there.
         UnsupportedError: the backend cannot do what the model needs; see `attnreg.resolve` for what else it raises.
         CacheAllocationError: there is no memory for the cache.
@@ -79,11 +80,14 @@ class ContinuousBatcher:
         overlap: bool | None = None,
         cuda_graphs: bool | None = None,
     ) -> None:
-        if max_batch_tokens is None:
-            max_batch_tokens = max(most_tokens(model), max_requests)
-        _check(model, attn_implementation, max_batch_tokens, max_requests)
-        if block_size is not None and block_size < 1:
-            raise InvalidInputError("block_size", str(block_size), "1 or more tokens, or None")
+        check_model(model)
+        check_name(attn_implementation)
+        max_requests = whole("max_requests", max_requests, 1)
+        max_batch_tokens = batch_tokens_of(model, max_batch_tokens, max_requests)
+        if block_size is not None:
+            block_size = whole("block_size", block_size, 1, wanted="1 or more tokens, or None")
+        if max_tokens is not None:
+            max_tokens = whole("max_tokens", max_tokens, 1, wanted="1 or more tokens, or None")
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         anatomy, expected = examine(model, trial(vocabulary, model.device))
         backend = resolve(attn_implementation, replace(anatomy.needs, page_size=block_size))
@@ -93,7 +97,7 @@ class ContinuousBatcher:
         self._anatomy = anatomy
         self._former = get_attn_implementation(model)
         set_attn_implementation(model, backend.name)
-        _served.add(model)
+        holding.take(model)
         try:
             self._stored = _stored(model)
             forward = Forward(model, anatomy.device, flags=anatomy.flags)
@@ -199,20 +203,30 @@ class ContinuousBatcher:
 
         Raises:
             BatcherClosedError: the model has been given back, or somebody has changed its implementation.
+            InvalidInputError: the model is in training mode now; the requests stay until it is not.
             ServingError: called from a callback.
         """
         with torch.inference_mode():
             return self._engine.step(self._check_model)
 
     def run(self) -> None:
-        """Run until every request is done, those included that come meanwhile."""
-        while self.busy:
-            self.step()
+        """Run until every request is done, those included that come meanwhile, or the batcher is closed."""
+        for _ in self.stream():
+            pass
 
     def stream(self) -> Iterator[tuple[Request, int]]:
-        """Run until every request is done, and yield each token as it comes, with its request."""
+        """Run until every request is done or the batcher is closed, and yield each token as it comes, with its request.
+
+        For what is raised see `step`.
+        """
         while self.busy:
-            yield from self.step()
+            try:
+                events = self.step()
+            except BatcherClosedError:
+                if not self.closed:
+                    raise
+                return  # by another thread, which has cancelled what was left
+            yield from events
 
     def generate(
         self, prompts: Iterable[Sequence[int] | torch.Tensor], *, max_new_tokens: int, **options: Any
@@ -253,10 +267,12 @@ class ContinuousBatcher:
         self.close()
 
     def _give_back(self) -> None:
-        _served.discard(self.model)
+        holding.give(self.model)
         set_attn_implementation(self.model, self._former, check=False)
 
     def _check_model(self) -> None:
+        if self.model.training:
+            raise InvalidInputError("model", "in training mode now", "one in evaluation mode: model.eval()")
         if _stored(self.model) != self._stored:
             now = get_attn_implementation(self.model)
             raise BatcherClosedError(f"the model runs on {now!r} now, and not on {self.attn_implementation!r}")
@@ -274,22 +290,6 @@ class ContinuousBatcher:
         if fed > self.cache.longest:
             remedy = "Shorten the prompt, ask for fewer tokens, or build the batcher with a larger max_tokens."
             raise RequestTooLongError(prompt, new, self.cache.longest, what="the cache", remedy=remedy)
-
-
-def _check(model: Any, name: str, max_batch_tokens: int, max_requests: int) -> None:
-    if not (isinstance(model, torch.nn.Module) and hasattr(model, "config")):
-        raise InvalidInputError("model", f"of type {type(model).__name__}", "a causal model of transformers")
-    if model in _served:
-        raise InvalidInputError("model", "another batcher's", "one that is free: close() the other batcher first")
-    if model.training:
-        raise InvalidInputError("model", "in training mode", "one in evaluation mode: model.eval()")
-    if not name.startswith("paged|"):
-        raise InvalidInputError("attn_implementation", repr(name), f"a backend over pages, such as {'paged|' + name!r}")
-    if max_requests < 1:
-        raise InvalidInputError("max_requests", str(max_requests), "1 or more")
-    if max_batch_tokens < max_requests:
-        wanted = f"max_requests, {max_requests}, or more, since each request that decodes has a token in every step"
-        raise InvalidInputError("max_batch_tokens", str(max_batch_tokens), wanted)
 
 
 def _stored(model: Any) -> str:

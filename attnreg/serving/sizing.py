@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from attnreg.capabilities import Reason
-from attnreg.errors import InvalidInputError, UnsupportedError
+from attnreg.errors import UnsupportedError
 from attnreg.paged.storage import bytes_wanted
 
 if TYPE_CHECKING:
@@ -18,14 +18,7 @@ _SHARE: Final = 0.8
 """Of the memory that a CUDA device has free, what a cache takes; the rest is for the model's own tensors."""
 _ON_HOST: Final = 2**30
 """Bytes of a cache on the CPU."""
-_TOKENS: Final = 2048
-_ON_CUDA_TOKENS: Final = 8192
 _BLOCK: Final = 16
-
-
-def most_tokens(model: Any) -> int:
-    """Return how many tokens a forward pass has at most, so that the device is busy and a prompt does not stop it."""
-    return _ON_CUDA_TOKENS if getattr(getattr(model, "device", None), "type", "") == "cuda" else _TOKENS
 
 
 def block_size_of(backend: Backend, anatomy: Anatomy, asked: int | None) -> int:
@@ -75,13 +68,8 @@ def blocks_for(model: Any, anatomy: Anatomy, block_size: int, max_tokens: int | 
         max_tokens: tokens of all requests together; None fills most of the device's free memory, or 1 GiB of the
             host's, with no more than `max_requests` of the model's longest could use.
         max_requests: most requests at once.
-
-    Raises:
-        InvalidInputError: *max_tokens* is below one.
     """
     if max_tokens is not None:
-        if max_tokens < 1:
-            raise InvalidInputError("max_tokens", str(max_tokens), "1 or more tokens, or None")
         return -(-max_tokens // block_size)
     one = bytes_wanted(anatomy.layers, 1, block_size, anatomy.dtype) // 2  # the null block is as large
     room = int(torch.cuda.mem_get_info(anatomy.device)[0] * _SHARE) if anatomy.device.type == "cuda" else _ON_HOST

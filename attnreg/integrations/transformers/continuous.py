@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from attnreg.capabilities import reasons
 from attnreg.errors import BridgeError, UnsupportedError
 from attnreg.integrations.transformers.bridge import bridge
+from attnreg.integrations.transformers.holding import holding
 from attnreg.integrations.transformers.needs import needs_of
 from attnreg.integrations.transformers.own_cache import unknown
 from attnreg.integrations.transformers.per_layer import ATTRIBUTE, Own
@@ -86,6 +87,7 @@ _managers: Final[weakref.WeakKeyDictionary[Any, Switched]] = weakref.WeakKeyDict
 
 def give_back() -> None:
     """Give every model back what it had, whether its manager runs or not: nobody is left who would do it later."""
+    holding.forget_managers()
     for switched in list(_managers.values()):
         switched.stop(alive=False)
 
@@ -163,6 +165,7 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         try:
             original(self, *args, **kwargs)
         except BaseException:
+            holding.forget(self)
             if (switched := _managers.pop(self, None)) is not None:
                 switched.stop(alive=False)
             raise
@@ -177,6 +180,7 @@ def _switch_to_cb_friendly_attn(original: Callable[..., None]) -> Callable[..., 
         if getattr(self, "batch_processor", None) is not None and (backend is None) is (self in _managers):
             problem = "the manager that the model keeps was made for another kind of implementation than it has now"
             raise BridgeError("transformers", problem, "Call model.destroy_cached_continuous_batching_manager() first.")
+        holding.manage(self, model)
         if backend is None:
             original(self, model, *args, **kwargs)
         else:
@@ -190,6 +194,7 @@ def _stop(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def stop(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        holding.stop(self)
         if self in _managers:
             _managers[self].stop(alive=self.is_running())
 
