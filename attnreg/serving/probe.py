@@ -173,9 +173,11 @@ def examine(model: Any, tokens: torch.Tensor) -> tuple[Anatomy, torch.Tensor]:
             expected = _logits(model, tokens, cache=recorder)
         anatomy = _anatomy(model, recorder.calls)
         own = vars(model.config).get(_STORED) or ""
-        return anatomy, expected if own.startswith(_PAGED) else _logits(model, tokens)
+        return anatomy, expected if own.startswith(_PAGED) else _on_its_own(model, tokens)
     except _Unservable as found:
         raise UnservableModelError(name, str(found), REMEDY) from None
+    except UnservableModelError:
+        raise
     except AttnregError as error:
         problem = f"a layer asks for what pages cannot express ({first_line(error)})"
         raise UnservableModelError(name, problem, REMEDY) from error
@@ -190,6 +192,15 @@ def first_line(error: Exception) -> str:
     """Return what an error says, short enough to be said within another: a line, and the next if that is a heading."""
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".:")
+
+
+def _on_its_own(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    try:
+        return _logits(model, tokens)
+    except AttnregError as error:
+        problem = f"it does not run as it is, to be compared with ({first_line(error)})"
+        remedy = "Give it an implementation that it runs on first."
+        raise UnservableModelError(type(model).__name__, problem, remedy) from error
 
 
 @torch.inference_mode()
