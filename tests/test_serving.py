@@ -106,7 +106,7 @@ def test_a_request_set_back_finds_all_but_its_last_token(llama) -> None:
         engine.scheduler._preempt(engine.scheduler.running[1])
         engine.scheduler._preempt(engine.scheduler.running[1])
         engine.scheduler.waiting.reverse()
-        engine.scheduler._full = False
+        engine.scheduler._full = None
         batcher.run()
         assert [request.result() for request in requests] == expected
         assert batcher.report.prefix_hits == 2 * 6

@@ -142,6 +142,28 @@ def test_the_youngest_is_set_back() -> None:
     assert [len(each.request.tokens) for each in (old, young, last)] == [6, 4, 2]
 
 
+def test_who_is_set_back_waits_until_blocks_are_given_back() -> None:
+    """A request that was set back is not admitted at once to be set back again."""
+    scheduler = made(tokens=12, block_size=2, max_batch_tokens=3, max_requests=2)
+    for prompt, new, first in ((7, 5, 0), (2, 6, 0), (3, 4, 40), (5, 5, 0)):
+        scheduler.submit(request(prompt, new, first))
+    while scheduler.running or scheduler.waiting:
+        land(scheduler, advance(scheduler))
+    assert scheduler.preemptions == 1
+
+
+def test_blocks_from_behind_a_window_let_others_in() -> None:
+    """While one runs on, what its window has left behind is room for the next: nobody waits for its end."""
+    scheduler = made("windows alone", tokens=24, block_size=2, max_batch_tokens=32)
+    long, short = scheduler.submit(request(20, 30)), scheduler.submit(request(8, 2, 50))
+    land(scheduler, advance(scheduler))
+    assert (long.slot >= 0, short.slot >= 0) == (True, False)
+    for _ in range(4):
+        land(scheduler, advance(scheduler))
+    assert short.request.done
+    assert not long.request.done
+
+
 def test_headroom_keeps_from_setting_back() -> None:
     """Who would set others back at once is not admitted in the first place."""
     kept = {}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Mapping
     from collections.abc import Sequence as Seq
 
+    from attnreg.paged.usage import CacheUsage
     from attnreg.serving.request import Request
 
 
@@ -40,6 +41,11 @@ class Blocks(Protocol):
 
     def reserve(self, sequence: Hashable, tokens: int) -> None:
         """Make room for more tokens of a sequence."""
+        ...
+
+    @property
+    def usage(self) -> CacheUsage:
+        """How many blocks are free and held, of each group of layers."""
         ...
 
 
@@ -137,7 +143,7 @@ class Scheduler:
     preemptions: int = 0
     _free_slots: list[int] = field(init=False)
     _arrivals: int = 0
-    _full: bool = False
+    _full: tuple[int, ...] | None = None  # blocks held, of each group of layers, when there was no room
 
     def __post_init__(self) -> None:
         """Make a slot for each request that can run."""
@@ -218,7 +224,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
-        self._full = True
+        self._full = self._held()
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
@@ -227,17 +233,17 @@ class Scheduler:
         self.running.remove(sequence)
         self._free_slots.append(sequence.slot)
         sequence.slot, sequence.in_slot, sequence.computed, sequence.reserved = -1, False, 0, 0
-        self._full = False
+        self._full = None
 
     def _admit(self, budget: int, chosen: dict[Sequence, int]) -> None:
-        while budget and self.waiting and self._free_slots and not self._full:
+        while budget and self.waiting and self._free_slots and self._may_have_room():
             sequence = self.waiting[0]
             sequence.computed = self.blocks.add(sequence.arrival, tokens=sequence.tokens)
             sequence.told = len(sequence.tokens)
             if self.running and not self.blocks.can_reserve(dict(self._wanted(sequence, chosen))):
                 self.blocks.release(sequence.arrival)
                 sequence.computed = 0
-                self._full = True  # until somebody gives blocks back
+                self._full = self._held()
                 return
             self.waiting.popleft()
             self.running.append(sequence)
@@ -245,6 +251,15 @@ class Scheduler:
             if tokens := self._reserve(sequence, min(sequence.remaining, budget), chosen):
                 chosen[sequence] = tokens
                 budget -= tokens
+
+    def _may_have_room(self) -> bool:
+        """Whether blocks were given back since there was no room: by a request, or from behind a window."""
+        if self._full is not None and any(now < then for now, then in zip(self._held(), self._full, strict=True)):
+            self._full = None
+        return self._full is None
+
+    def _held(self) -> tuple[int, ...]:
+        return tuple(group.held for group in self.blocks.usage.groups)
 
     def _wanted(self, newcomer: Sequence, chosen: Mapping[Sequence, int]) -> Iterator[tuple[Hashable, int]]:
         """Yield what there should be room for, so that the newcomer sets nobody back at once, itself included."""
