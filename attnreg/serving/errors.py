@@ -83,6 +83,11 @@ class RequestFailedError(ServingError):
 class StalledError(ServingError):
     """Requests that would wait for ever: none can go on, and none will give its room back."""
 
+    waiting: int
+    running: int
+    free: int
+    num_blocks: int
+
     def __init__(self, waiting: int, running: int, free: int, num_blocks: int) -> None:
         super().__init__(
             f"nothing can be computed: {waiting} requests wait and {running} run, none has room for its next token, "

@@ -55,7 +55,9 @@ def ends_of(model: Any, asked: int | Iterable[int] | torch.Tensor | None) -> fro
         asked = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if asked is None:
         return frozenset()
-    given: Any = asked.tolist() if hasattr(asked, "tolist") else asked
+    given: Any = asked
+    if hasattr(given, "tolist"):
+        given = given.tolist()
     several = [given] if isinstance(given, str | bytes) or not hasattr(given, "__iter__") else list(given)
     # Numbers that the model does not have are allowed: -1 is a custom for no end at all.
     return frozenset(whole("eos_token_id", end, -sys.maxsize, wanted="a token, or several, or None") for end in several)
