@@ -13,7 +13,6 @@ import torch
 from serving_models import TEXT, built, one_by_one
 from transformers import LlamaForCausalLM, MistralForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.mistral import modeling_mistral
 
 import attnreg
 from attnreg import InvalidInputError
@@ -129,7 +128,7 @@ def test_the_probe_leaves_no_name(llama: Any) -> None:
 
 def test_layers_that_do_not_say_their_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """A window wider than what a model is tried with is in its mask alone where layers keep it to themselves."""
-    lookup = modeling_mistral.ALL_ATTENTION_FUNCTIONS.get_interface
+    lookup = ALL_ATTENTION_FUNCTIONS.get_interface
 
     def without_window(*args: Any) -> Any:
         found = lookup(*args)
@@ -140,7 +139,7 @@ def test_layers_that_do_not_say_their_window(monkeypatch: pytest.MonkeyPatch) ->
     prompt = list(range(20, 50))
     expected = one_by_one(model, [prompt], [4])
     assert one_by_one(built("MistralForCausalLM", **TEXT | {"sliding_window": None}), [prompt], [4]) != expected
-    monkeypatch.setattr(modeling_mistral.ALL_ATTENTION_FUNCTIONS, "get_interface", without_window)
+    monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "get_interface", without_window)
     assert not examine(model, trial(99, torch.device("cpu")))[0].flags
     with ContinuousBatcher(model, "paged|sdpa", max_tokens=64) as batcher:
         assert batcher.generate([prompt], max_new_tokens=4) == expected

@@ -17,6 +17,7 @@ class Manager(Protocol):
 
     def is_running(self) -> bool:
         """Whether its thread is at work."""
+        ...
 
 
 class Holding:
