@@ -18,6 +18,7 @@ from attnreg.paged import (
     StaleBatchError,
     UnknownSequenceError,
 )
+from attnreg.paged.storage import allocate
 
 LAYER = LayerSpec(kv_heads=2, head_dim=4)
 
@@ -39,11 +40,12 @@ def books(cache: PagedKVCache) -> object:
 
 
 REFUSALS = {
-    "full": (
+    "too small": (
         lambda cache: cache.reserve("a", 9),
-        "the cache is full: 9 more tokens of 'a' want 2 blocks for the layers without a window, and 1 of 3 are free. "
-        "Nothing has changed. Release a sequence (it can be added again later, with all of its tokens), reserve fewer "
-        "tokens, or build the cache with a larger num_blocks.",
+        "the cache is too small: 9 more tokens of 'a' want 2 blocks for the layers without a window, which together with "
+        "those it has is more than the 3 there are. Nothing has changed, and releasing others is of no use. Reserve "
+        "fewer tokens at a time (the cache's `longest` says how many a sequence can ever have), or build the cache with "
+        "a larger num_blocks.",
     ),
     "reserve nothing": (lambda cache: cache.reserve("a", 0), "tokens to reserve is 0; wanted: 1 or more."),
     "reserve unknown": (
@@ -92,6 +94,21 @@ REFUSALS = {
     ),
     "no rows": (lambda cache: cache.decoding(0, 1), "rows is 0; wanted: 1 or more."),
 }
+
+
+def test_a_full_cache_says_so(cache: PagedKVCache) -> None:
+    """What would fit without the other sequences is worth a try later; nothing has changed."""
+    cache.add("b")
+    before = copy.deepcopy(books(cache))
+    with pytest.raises(CacheFullError) as caught:
+        cache.reserve("b", 12)
+    assert str(caught.value) == (
+        "the cache is full: 12 more tokens of 'b' want 3 blocks for the layers without a window, and 1 of 3 are free. "
+        "Nothing has changed. Release a sequence (it can be added again later, with all of its tokens), reserve fewer "
+        "tokens, or build the cache with a larger num_blocks."
+    )
+    assert caught.value.fits
+    assert books(cache) == before
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
@@ -223,7 +240,14 @@ def test_a_cache_that_the_device_has_no_room_for() -> None:
         ({"layers": []}, "layers is empty; wanted: a LayerSpec for each layer of the model."),
         ({"block_size": 0}, "block_size is 0; wanted: 1 or more tokens."),
         ({"num_blocks": 0}, "num_blocks for a window of None is 0; wanted: a number of blocks, 1 or more."),
-        ({"num_blocks": {7: 4}}, "num_blocks for a window of None is None; wanted: a number of blocks, 1 or more."),
+        (
+            {"num_blocks": {}},
+            "num_blocks for a window of None is None; wanted: a number of blocks, 1 or more (an integer).",
+        ),
+        (
+            {"num_blocks": {None: 4, 512: 100}},
+            "num_blocks is given for a window of 512; wanted: the layers' windows: None.",
+        ),
     ],
 )
 def test_a_cache_of_nothing_is_refused(options: dict, text: str) -> None:
@@ -235,8 +259,8 @@ def test_a_cache_of_nothing_is_refused(options: dict, text: str) -> None:
 
 def test_an_error_of_the_device_that_is_about_something_else_is_not_renamed() -> None:
     """Only a lack of memory is told as one."""
-    with pytest.raises(RuntimeError, match="device"):
-        PagedKVCache([LAYER], num_blocks=1, device="no such device")
+    with pytest.raises(RuntimeError, match="(?i)vulkan"):
+        allocate([LAYER], 1, 4, torch.float32, torch.device("vulkan"))
 
 
 def _miscount(cache: PagedKVCache) -> None:
@@ -295,4 +319,4 @@ def test_errors_travel_between_processes(cache: PagedKVCache) -> None:
         cache.reserve("a", 100)
     again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301
     assert (str(again), again.sequence, again.tokens) == (str(caught.value), "a", 100)
-    assert (again.wanted, again.free, again.num_blocks, again.sliding_window) == (25, 1, 3, None)
+    assert (again.wanted, again.free, again.num_blocks, again.sliding_window, again.fits) == (25, 1, 3, None, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from attnreg.errors import InvalidInputError
+from attnreg.paged.arguments import whole
 from attnreg.paged.pages import Pages
 from attnreg.paged.sequences import Part, refuse_stale
 
@@ -103,15 +104,13 @@ def parts_of(sequences: Sequences, groups: Sequence[LayerGroup], tokens: Mapping
     """Look up the sequences of a batch, and refuse those that have no room of their own for so many tokens.
 
     Raises:
-        InvalidInputError: a number below one, or too little room reserved.
+        InvalidInputError: a number that is no integer or below one, or too little room reserved.
         UnknownSequenceError: one is not in the cache.
     """
     size, parts = groups[0].block_size, []
-    for name, count in tokens.items():
-        found = sequences.get(name)
+    for name, given in tokens.items():
+        found, count = sequences.get(name), whole(f"the tokens of {name!r}", given)
         room = found.blocks * size - found.length
-        if count < 1:
-            raise InvalidInputError(f"the tokens of {name!r}", str(count), "1 or more")
         foreign = found.forked and any(group.shared_end(found) for group in groups)
         if foreign or count > room:
             got = "in a block that others hold too, since a fork" if foreign else f"for {room} tokens"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnreg.errors import InvalidInputError
+from attnreg.paged.arguments import refuse_tokens, storable, there, whole
 from attnreg.paged.batch import PagedBatch, parts_of
 from attnreg.paged.checking import problems
 from attnreg.paged.decoding import DecodeBatch
@@ -16,7 +17,7 @@ from attnreg.paged.groups import LayerGroup
 from attnreg.paged.metadata import on_host
 from attnreg.paged.prefixes import PrefixNode
 from attnreg.paged.sequences import Sequences, refuse_stale
-from attnreg.paged.sharing import make_known, refuse_tokens, share_all, share_prefix
+from attnreg.paged.sharing import make_known, share_all, share_prefix
 from attnreg.paged.storage import allocate, blocks_of
 from attnreg.paged.usage import CacheUsage, GroupUsage
 
@@ -53,7 +54,8 @@ class PagedKVCache:
             made of the tokens; a model whose weights change takes a new cache.
 
     Raises:
-        InvalidInputError: no layers, or a number below one.
+        InvalidInputError: no layers, or something else than them; a number that is no integer or below one; blocks for
+            a window that no layer has; a dtype that is not floating or cannot be written; a device that is not there.
         CacheAllocationError: the device has no room; says how many bytes were wanted.
     """
 
@@ -69,20 +71,19 @@ class PagedKVCache:
     ) -> None:
         if not layers:
             raise InvalidInputError("layers", "empty", "a LayerSpec for each layer of the model")
-        if block_size < 1:
-            raise InvalidInputError("block_size", str(block_size), "1 or more tokens")
-        self.block_size = block_size
-        self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        self.block_size = block_size = whole("block_size", block_size, wanted="1 or more tokens")
+        numbers = blocks_of(layers, num_blocks)
+        place = there(device)
+        self.dtype = storable(torch.get_default_dtype() if dtype is None else dtype, place)
         self.share_prefixes = share_prefixes
-        windows = list(dict.fromkeys(layer.sliding_window for layer in layers))
-        numbers = [blocks_of(num_blocks, window) for window in windows]
-        storages = allocate(layers, num_blocks, block_size, self.dtype, torch.device(device))
+        storages = allocate(layers, num_blocks, block_size, self.dtype, place)
         # What torch says, cuda:0 for instance, where the caller may have said cuda.
         self.device = storages[0].key.device
+        of_windows = {layer.sliding_window: number for layer, number in zip(layers, numbers, strict=True)}
         self.groups = tuple(
-            LayerGroup(index, window, number, block_size)
-            for index, (window, number) in enumerate(zip(windows, numbers, strict=True))
+            LayerGroup(index, window, number, block_size) for index, (window, number) in enumerate(of_windows.items())
         )
+        windows = list(of_windows)
         self._layers = tuple((windows.index(storage.spec.sliding_window), storage) for storage in storages)
         for group, storage in self._layers:
             self.groups[group].layers.append(storage)
@@ -134,7 +135,8 @@ class PagedKVCache:
             computed and has logits.
 
         Raises:
-            InvalidInputError: the name is taken, or *tokens* is a tensor or has something that cannot be hashed.
+            InvalidInputError: the name is taken or cannot be hashed; *tokens* is a tensor, can be read once only, or
+                has something that cannot be hashed or is a tensor.
         """
         if tokens is not None:
             refuse_tokens(tokens)
@@ -145,12 +147,16 @@ class PagedKVCache:
         return made.length
 
     def can_reserve(self, tokens: Mapping[Hashable, int]) -> bool:
-        """Say whether there is room for so many more tokens of each sequence, of all of them together.
+        """Say whether there is room for so many more tokens of each sequence, of all of them together; 0 is none.
 
         Raises:
+            InvalidInputError: a number that is no integer or below zero.
             UnknownSequenceError: one is not in the cache.
         """
-        requests = [(self._sequences.get(name), more) for name, more in tokens.items()]
+        requests = [
+            (self._sequences.get(name), whole(f"tokens of {name!r} to reserve", more, 0))
+            for name, more in tokens.items()
+        ]
         return all(group.wanted(requests) <= group.pool.available for group in self.groups)
 
     def room(self, sequence: Hashable) -> int:
@@ -169,17 +175,16 @@ class PagedKVCache:
         is copied, so that the sequence can write into it.
 
         Raises:
-            CacheFullError: too few blocks are free; nothing has changed.
-            InvalidInputError: *tokens* is below one.
+            CacheFullError: too few blocks are free, or there at all; nothing has changed.
+            InvalidInputError: *tokens* is no integer or below one.
             UnknownSequenceError: it is not in the cache.
         """
-        found = self._sequences.get(sequence)
-        if tokens < 1:
-            raise InvalidInputError("tokens to reserve", str(tokens), "1 or more")
+        found, tokens = self._sequences.get(sequence), whole("tokens to reserve", tokens)
         for group in self.groups:
             wanted, pool = group.wanted([(found, tokens)]), group.pool
             if wanted > pool.available:
-                raise CacheFullError(sequence, tokens, group.window, wanted, pool.available, pool.num_blocks)
+                free, there_are, fits = pool.available, pool.num_blocks, group.fits(found, tokens)
+                raise CacheFullError(sequence, tokens, group.window, wanted, free, there_are, fits=fits)
         blocks = max(found.blocks, -(-(found.length + tokens) // self.block_size))
         copied = [group.own_end(found) for group in self.groups]
         for group in self.groups:
@@ -196,7 +201,8 @@ class PagedKVCache:
             tokens: for each sequence how many; those with a single one first.
 
         Raises:
-            InvalidInputError: no sequences, a number below one, too little room reserved, or singles behind others.
+            InvalidInputError: no sequences, a number that is no integer or below one, too little room reserved, or
+                singles behind others.
             UnknownSequenceError: one is not in the cache.
         """
         if not tokens:
@@ -219,7 +225,7 @@ class PagedKVCache:
         Its tensors stay where they are, so that a pass can be captured in a CUDA graph, and replayed after each `load`.
 
         Raises:
-            InvalidInputError: a number below one.
+            InvalidInputError: a number that is no integer or below one.
         """
         return DecodeBatch(self._sequences, self.groups, self._layers, rows, blocks)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnreg.errors import InvalidInputError
+from attnreg.paged.arguments import whole
 from attnreg.paged.batch import layer_of, parts_of
 from attnreg.paged.metadata import Metadata, on_host
 from attnreg.paged.pages import Pages
@@ -47,10 +48,7 @@ class DecodeBatch:
         rows: int,
         blocks: int,
     ) -> None:
-        for what, number in (("rows", rows), ("blocks", blocks)):
-            if number < 1:
-                raise InvalidInputError(what, str(number), "1 or more")
-        self.rows, self.blocks = rows, blocks
+        self.rows, self.blocks = rows, blocks = whole("rows", rows), whole("blocks", blocks)
         self.everyone, self._groups, self._layers = sequences, groups, layers
         device = layers[0][1].key.device
         self._pinned = device.type == "cuda"
@@ -87,11 +85,12 @@ class DecodeBatch:
                 without room for its next token.
             UnknownSequenceError: one is not in the cache.
         """
-        if len(set(sequences)) < len(sequences):
-            raise InvalidInputError("the sequences to load", repr(list(sequences)), "each of them once")
         if len(sequences) > self.rows:
             raise InvalidInputError("the sequences to load", f"{len(sequences)} sequences", f"at most {self.rows}")
-        parts = parts_of(self.everyone, self._groups, dict.fromkeys(sequences, 1))
+        names = {self.everyone.get(name).name: 1 for name in sequences}
+        if len(names) < len(sequences):
+            raise InvalidInputError("the sequences to load", repr(list(sequences)), "each of them once")
+        parts = parts_of(self.everyone, self._groups, names)
         rows = [part.sequence.row for part in parts]
         starts = [part.sequence.length for part in parts]
         size = self._groups[0].block_size

@@ -18,28 +18,47 @@ def layers_with(window: int | None) -> str:
 
 
 class CacheFullError(AttnregError):
-    """Too few blocks are free for what was to be reserved; the cache is as it was."""
+    """Too few blocks are free, or there at all, for what was to be reserved; the cache is as it was.
+
+    Attributes:
+        fits: whether there would be blocks enough if all other sequences were released.
+    """
 
     sequence: Hashable
     tokens: int
     sliding_window: int | None
     wanted: int
     free: int
+    num_blocks: int
+    fits: bool
 
     def __init__(
-        self, sequence: Hashable, tokens: int, sliding_window: int | None, wanted: int, free: int, num_blocks: int
+        self,
+        sequence: Hashable,
+        tokens: int,
+        sliding_window: int | None,
+        wanted: int,
+        free: int,
+        num_blocks: int,
+        *,
+        fits: bool,
     ) -> None:
+        what = f"{tokens} more tokens of {sequence!r} want {wanted} blocks for {layers_with(sliding_window)}"
         super().__init__(
-            f"the cache is full: {tokens} more tokens of {sequence!r} want {wanted} blocks for "
-            f"{layers_with(sliding_window)}, and {free} of {num_blocks} are free. Nothing has changed. Release a "
+            f"the cache is full: {what}, and {free} of {num_blocks} are free. Nothing has changed. Release a "
             "sequence (it can be added again later, with all of its tokens), reserve fewer tokens, or build the cache "
-            "with a larger num_blocks.",
+            "with a larger num_blocks."
+            if fits
+            else f"the cache is too small: {what}, which together with those it has is more than the {num_blocks} "
+            "there are. Nothing has changed, and releasing others is of no use. Reserve fewer tokens at a time (the "
+            "cache's `longest` says how many a sequence can ever have), or build the cache with a larger num_blocks.",
             sequence=sequence,
             tokens=tokens,
             sliding_window=sliding_window,
             wanted=wanted,
             free=free,
             num_blocks=num_blocks,
+            fits=fits,
         )
 
 

@@ -69,6 +69,11 @@ class LayerGroup:
             total += min(writers, self.pool.references[block] - 1)
         return total
 
+    def fits(self, sequence: Sequence, tokens: int) -> bool:
+        """Say whether a sequence that had the pool to itself would have room for so many more tokens at once."""
+        stop = -(-(sequence.length + tokens) // self.block_size)
+        return stop - self.first(sequence.length) <= self.pool.num_blocks
+
     def room(self, sequence: Sequence) -> int:
         """Count the tokens that could be reserved now."""
         blocks = self.pool.available - self.wanted([(sequence, 0)])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from attnreg.errors import InvalidInputError
+from attnreg.paged.arguments import refuse_name
 from attnreg.paged.errors import StaleBatchError, UnknownSequenceError
 
 if TYPE_CHECKING:
@@ -83,8 +84,9 @@ class Sequences:
         """Begin a sequence of no tokens that goes on behind *node*.
 
         Raises:
-            InvalidInputError: there is one of that name.
+            InvalidInputError: there is one of that name, or it cannot be hashed.
         """
+        refuse_name(name)
         if name in self.by_name:
             raise InvalidInputError(f"the new sequence {name!r}", "in the cache already", "a name that is not taken")
         if self._free_rows:
@@ -103,7 +105,7 @@ class Sequences:
         """
         try:
             return self.by_name[name]
-        except KeyError:
+        except (KeyError, TypeError):  # what cannot be hashed is nobody's name
             raise UnknownSequenceError(name, self.by_name) from None
 
     def remove(self, sequence: Sequence) -> None:

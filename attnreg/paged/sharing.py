@@ -4,30 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
-from attnreg.errors import InvalidInputError
-
 if TYPE_CHECKING:
     from collections.abc import Hashable
     from collections.abc import Sequence as Row
 
     from attnreg.paged.groups import LayerGroup
     from attnreg.paged.sequences import Sequence
-
-
-def refuse_tokens(tokens: Row[Hashable]) -> None:
-    """Refuse tokens that could not be found again.
-
-    Raises:
-        InvalidInputError: they are a tensor, whose elements equal no others, or one of them cannot be hashed.
-    """
-    if isinstance(tokens, torch.Tensor):
-        raise InvalidInputError("tokens", "a tensor", "a list of what it holds, read where there is time to wait")
-    try:
-        hash(tuple(tokens))
-    except TypeError as error:
-        raise InvalidInputError("a token", str(error), "what can be the key of a dict, such as an int") from None
 
 
 def share_prefix(sequence: Sequence, groups: Row[LayerGroup], tokens: Row[Hashable]) -> None:

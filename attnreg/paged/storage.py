@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from attnreg.errors import InvalidInputError
+from attnreg.paged.arguments import whole
 from attnreg.paged.errors import CacheAllocationError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
+
+_NO_ROOM = ("out of memory", "allocate memory", "enough memory")
+_ADDRESSES = 2**63 - 1
+"""More bytes than can be counted are in no device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +31,7 @@ class LayerSpec:
         sliding_window: keys that a query of this layer sees, itself included; None if all.
 
     Raises:
-        InvalidInputError: a number below one.
+        InvalidInputError: a number that is no integer or below one.
     """
 
     kv_heads: int
@@ -34,10 +40,11 @@ class LayerSpec:
     sliding_window: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("kv_heads", "head_dim", "value_head_dim", "sliding_window"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise InvalidInputError(f"a layer's {name}", str(number), "1 or more")
+        for name in ("kv_heads", "head_dim"):
+            whole(f"a layer's {name}", getattr(self, name))
+        for name in ("value_head_dim", "sliding_window"):
+            if getattr(self, name) is not None:
+                whole(f"a layer's {name}", getattr(self, name), wanted="1 or more, or None")
 
     @property
     def numbers(self) -> int:
@@ -122,17 +129,20 @@ def allocate(
 
     Raises:
         CacheAllocationError: the device has no room; says how many bytes were wanted.
+        InvalidInputError: as in `blocks_of`.
     """
-    numbers = [blocks_of(num_blocks, layer.sliding_window) for layer in layers]
+    numbers = blocks_of(layers, num_blocks)
+    wanted = bytes_wanted(layers, num_blocks, block_size, dtype)
+    if wanted > _ADDRESSES:  # torch would not say so, but that it cannot read the number
+        raise CacheAllocationError(wanted, device, dict.fromkeys(numbers), block_size)
     try:
         return [
             LayerStorage(layer, number + 1, block_size, dtype, device)
             for layer, number in zip(layers, numbers, strict=True)
         ]
     except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises a plain one
-        if not any(word in str(error) for word in ("memory", "Storage size")):
+        if not any(words in str(error) for words in _NO_ROOM):
             raise
-        wanted = bytes_wanted(layers, num_blocks, block_size, dtype)
         raise CacheAllocationError(wanted, device, dict.fromkeys(numbers), block_size) from error
 
 
@@ -149,20 +159,30 @@ def bytes_wanted(
         num_blocks: usable blocks of each group of layers, or for each window its own number.
         block_size: tokens of a block.
         dtype: of keys and values.
-    """
-    return sum(
-        (blocks_of(num_blocks, layer.sliding_window) + 1) * block_size * layer.numbers * dtype.itemsize
-        for layer in layers
-    )
-
-
-def blocks_of(num_blocks: int | Mapping[int | None, int], window: int | None) -> int:
-    """Read how many usable blocks the group of layers with *window* gets.
 
     Raises:
-        InvalidInputError: none are given for that window, or fewer than one.
+        InvalidInputError: *num_blocks* lacks a window, or names one that no layer has; or a number is no integer, or
+            below one.
     """
-    number = num_blocks if isinstance(num_blocks, int) else num_blocks.get(window)
-    if number is None or number < 1:
-        raise InvalidInputError(f"num_blocks for a window of {window}", str(number), "a number of blocks, 1 or more")
-    return number
+    size = whole("block_size", block_size, wanted="1 or more tokens") * dtype.itemsize
+    numbers = blocks_of(layers, num_blocks)
+    return sum((number + 1) * size * layer.numbers for number, layer in zip(numbers, layers, strict=True))
+
+
+def blocks_of(layers: Sequence[LayerSpec], num_blocks: int | Mapping[int | None, int]) -> list[int]:
+    """Read how many usable blocks each layer gets.
+
+    Raises:
+        InvalidInputError: a layer is no LayerSpec; none are given for its window, or fewer than one; or some are given
+            for a window that no layer has.
+    """
+    for layer in layers:
+        if not isinstance(layer, LayerSpec):
+            raise InvalidInputError("a layer", repr(layer), "a LayerSpec")
+    windows = [layer.sliding_window for layer in layers]
+    given = num_blocks if isinstance(num_blocks, Mapping) else dict.fromkeys(windows, num_blocks)
+    if nobodys := [window for window in given if window not in windows]:
+        mine = ", ".join(str(window) for window in dict.fromkeys(windows))
+        raise InvalidInputError("num_blocks", f"given for a window of {nobodys[0]}", f"the layers' windows: {mine}")
+    wanted = "a number of blocks, 1 or more"
+    return [whole(f"num_blocks for a window of {window}", given.get(window), wanted=wanted) for window in windows]
