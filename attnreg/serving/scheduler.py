@@ -101,21 +101,28 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What one forward pass computes: the next `lengths[i]` tokens of `sequences[i]`, single ones first."""
+    """What one forward pass computes.
+
+    Attributes:
+        sequences: whose tokens, those with a single one first.
+        lengths: how many of each, the next ones.
+        ends: which sequences have their last token in it, and so get a new one from it.
+    """
 
     sequences: tuple[Sequence, ...]
     lengths: tuple[int, ...]
+    ends: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Find the ends once, before anything is computed."""
+        pairs = enumerate(zip(self.sequences, self.lengths, strict=True))
+        ends = [i for i, (sequence, tokens) in pairs if sequence.computed + tokens == sequence.length]
+        object.__setattr__(self, "ends", ends)
 
     @property
     def tokens(self) -> int:
         """How many tokens it computes."""
         return sum(self.lengths)
-
-    @property
-    def ends(self) -> list[int]:
-        """Return which sequences have their last token in it, and so get a new one from it."""
-        pairs = enumerate(zip(self.sequences, self.lengths, strict=True))
-        return [i for i, (sequence, tokens) in pairs if sequence.computed + tokens == sequence.length]
 
 
 @dataclass(kw_only=True)
