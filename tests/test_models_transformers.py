@@ -60,6 +60,7 @@ IMAGE = 98
 
 @pytest.fixture(autouse=True)
 def _leave_transformers_alone():
+    bridge.disable()  # aliases that others have left
     before = _global_names()
     yield
     bridge.disable()

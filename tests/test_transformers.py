@@ -43,6 +43,7 @@ SIZES = {
 
 @pytest.fixture(autouse=True)
 def _leave_transformers_alone():
+    bridge.disable()  # aliases that others have left
     before = _global_names()
     yield
     bridge.disable()
