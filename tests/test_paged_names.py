@@ -69,6 +69,45 @@ def test_names_that_mean_nothing(name, error, text) -> None:
     assert name not in attnreg.default_registry
 
 
+def test_an_override_counts_under_its_wrapper() -> None:
+    """An instance's own function is what `paged|X` wraps for that instance, and follows when it goes."""
+
+    def mine(module, query, key, value, attention_mask=None, **_):
+        return query.transpose(1, 2), None
+
+    interface = attnreg.AttentionInterface()
+    plain = interface["paged|sdpa"]
+    interface["sdpa"] = mine
+    assert interface["paged|sdpa"].__wrapped__.inner.attention is mine
+    assert attnreg.AttentionInterface()["paged|sdpa"] is plain
+    del interface["sdpa"]
+    assert interface["paged|sdpa"] is plain
+
+
+def test_wrapped_names_are_nobodys_to_register() -> None:
+    """They follow their base, so a record or an override of such a name is refused with that."""
+    record = attnreg.get("paged|eager")
+    wanted = "a name with a bar follows its base: register or override 'eager'"
+    with pytest.raises(attnreg.InvalidNameError, match=wanted):
+        attnreg.Registry().add(record)
+    with pytest.raises(attnreg.InvalidNameError, match=wanted):
+        attnreg.AttentionInterface()["paged|eager"] = record.call
+
+
+@pytest.mark.parametrize("name", ["pagd|auto", "paged(2)|sdpa", "paged|sdp"])
+def test_the_environment_is_named(monkeypatch, name) -> None:
+    """A wrapped name in the environment that means nothing is the variable's fault, and the error says which."""
+    monkeypatch.setenv("ATTNREG_IMPLEMENTATION", name)
+    with pytest.raises(attnreg.ConfigurationError, match="ATTNREG_IMPLEMENTATION"):
+        attnreg.resolve()
+
+
+def test_a_wrapped_record_keeps_where_it_is_from() -> None:
+    """A missing package makes `paged|X` unusable as it makes X."""
+    wrapped, inner = attnreg.get("paged|flash_attention_2"), attnreg.get("flash_attention_2")
+    assert (wrapped.kernel, wrapped.origin) == (inner.kernel, inner.origin)
+
+
 def test_automatic_choice() -> None:
     """`paged|auto` is the best X for the request; native ones are preferred, and each says which it is."""
     request = attnreg.Request(device="cpu", dtype="float32", paged=True, softcap=True)
